@@ -1,0 +1,1 @@
+"""Whole-sequence operations: for each, a plain torch definition and a Triton launch with the same signature."""

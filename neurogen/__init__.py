@@ -1,0 +1,1 @@
+"""NeuroGen: a brain-inspired recurrent language model."""
