@@ -3,10 +3,11 @@
     checkpoints/step-00000100/
         model.safetensors  optimizer.safetensors  state.safetensors   tensors
         tokenizer/...                                                 what the tokenizer saves of itself
-        checkpoint.json                                               step, metadata, versions, size and hash of every file
+        checkpoint.json                                               step, metadata, versions, sizes and hashes
 
-Everything is written to a folder with a temporary name and synced file by file, checkpoint.json last; then the folder is
-renamed and its parent synced. A kill at any moment leaves the older checkpoints as they were. Nothing is ever unpickled.
+Everything is written to a folder with a temporary name and synced file by file, checkpoint.json last; then the folder
+is renamed and its parent synced. A kill at any moment leaves the older checkpoints as they were. Nothing is ever
+unpickled.
 """
 
 import errno
@@ -179,7 +180,7 @@ def _seal(document: dict[str, Any]) -> bytes:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Give the finished folder its name. An older one of that name steps aside first and is found there if we die between."""
+    """Give the finished folder its name. An older one of that name steps aside, and is found there until then."""
     aside = final.with_name(final.name + ".replaced")
     if final.exists():
         _delete(aside)
@@ -198,7 +199,8 @@ def _delete(folder: Path) -> None:
         doomed = folder.with_name(f"{_TEMPORARY}delete-{folder.name}-{time.time_ns()}")
         os.rename(folder, doomed)
         reached("doomed")
-        # A network file system keeps a file that another process has open: what is left goes with the next save's sweep.
+        # A network file system keeps a file that another process has open: what is left goes with the next save's
+        # sweep.
         shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -225,7 +227,7 @@ def _apply_retention(directory: Path, *, newest: int, keep_last: int | None, kee
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Return the complete checkpoints in a folder, oldest first. Complete: metadata sound, every file there at its size."""
+    """Return the complete checkpoints in a folder, oldest first: metadata sound, every file there at its size."""
     found: dict[int, Path] = {}
     # A replaced folder sorts after the one that replaced it, and counts only if that one is not whole.
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:

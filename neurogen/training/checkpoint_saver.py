@@ -1,4 +1,4 @@
-"""Saving beside training: the step waits only for a copy to the host, a thread does the writing, hashing and syncing."""
+"""Saving beside training: the step waits for a copy to the host only, a thread writes, hashes and syncs."""
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,8 +15,8 @@ from neurogen.training.tensor_file import snapshot
 class AsyncCheckpointSaver:
     """Write checkpoints in one background thread, one at a time. Costs one more copy of the tensors in host memory.
 
-    An error of a save is raised by the next `poll`, `save` or `wait`, exactly once. Leaving the context waits for the save
-    under way, so that the last checkpoint of a run is on disk before its process ends.
+    An error of a save is raised by the next `poll`, `save` or `wait`, exactly once. Leaving the context waits for the
+    save under way, so that the last checkpoint of a run is on disk before its process ends.
     """
 
     def __init__(self, directory: Path, *, keep_last: int | None = 3, keep_best: bool = True) -> None:

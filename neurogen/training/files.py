@@ -101,7 +101,8 @@ def parse_json(content: bytes) -> Any:
 def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
     """Read a JSON object from a file nobody vouches for.
 
-    Raises UserError naming the file, what is wrong and `remedy` when it is missing, over 64 MiB, not strict JSON, or no object.
+    Raises UserError naming the file, what is wrong and `remedy` when it is missing, over 64 MiB, not strict JSON, or
+    no object.
     """
     try:
         size = path.stat().st_size

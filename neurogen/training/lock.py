@@ -1,7 +1,8 @@
 """A lock on a run directory that is gone the moment its holder dies, however it dies.
 
-It is a POSIX record lock on a small file. The system drops it with the process, forked workers do not inherit it, and it
-works across machines on a network file system; so a file left behind by a killed run means nothing, only the lock does.
+It is a POSIX record lock on a small file. The system drops it with the process, forked workers do not inherit it, and
+it works across machines on a network file system; so a file left behind by a killed run means nothing, only the lock
+does.
 """
 
 import errno
@@ -59,7 +60,7 @@ class RunLock:
         _held_here.add(key)
 
     def release(self) -> None:
-        """Give the lock back; releasing twice is fine. The file stays: deleting it would race with a run that opens it."""
+        """Give the lock back; twice is fine. The file stays: deleting it would race with a run that opens it."""
         if self._key in _held_here and self._descriptor >= 0:
             os.ftruncate(self._descriptor, 0)
             os.close(self._descriptor)

@@ -1,5 +1,6 @@
-"""Mirrors of a run's metrics elsewhere. metrics.jsonl is the source of truth; nothing that fails here stops training."""
+"""Mirrors of a run's metrics elsewhere. metrics.jsonl is the source of truth; no failure here stops training."""
 
+import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,8 +69,9 @@ def _warn(text: str) -> None:
 class WandbLogger:
     """Mirror to Weights & Biases, offline unless the mode is "online".
 
-    W&B's files lie in the run directory, and so does the run id, so that a resumed run continues the same W&B run. The first
-    error of W&B (its package missing, no network, a full disk) is told in one line and ends the mirroring, not the training.
+    W&B's files lie in the run directory, and so does the run id, so that a resumed run continues the same W&B run.
+    The first error of W&B (its package missing, no network, a full disk) is told in one line and ends the mirroring,
+    not the training.
     """
 
     def __init__(self, config: LoggerConfig, *, warn: Callable[[str], None] = _warn) -> None:
@@ -77,10 +79,10 @@ class WandbLogger:
         self._warn = warn
         self._run: Any = None
         self._samples: list[list[Any]] = []
-        self._columns: list[str] = []
+        self._columns: list[str | int] = []
 
     def _guard(self, action: Callable[[], None]) -> None:
-        """Run what talks to W&B. Any Exception is caught: whatever a mirror runs into is no reason to lose a training run."""
+        """Run what talks to W&B. Any Exception is caught: nothing a mirror runs into is worth a training run."""
         try:
             action()
         except Exception as error:
@@ -100,7 +102,7 @@ class WandbLogger:
         online = self._config.mode == "online"
         id_path = run_dir / RUN_ID_NAME
         known_id = id_path.read_text(encoding="ascii").strip() if id_path.exists() else None
-        run_id = known_id or wandb.util.generate_id()
+        run_id = known_id or secrets.token_hex(4)
         self._run = wandb.init(
             mode="online" if online else "offline",
             project=self._config.project,
@@ -116,7 +118,8 @@ class WandbLogger:
         )
         if known_id is None:
             write_atomically(id_path, run_id.encode("ascii") + b"\n")
-        # The default axis counts log calls, which a resumed run repeats; steps and tokens are what curves are read against.
+        # The default axis counts log calls, which a resumed run repeats; steps and tokens are what curves are read
+        # against.
         self._run.define_metric("step")
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="step")
@@ -134,10 +137,10 @@ class WandbLogger:
     def _log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         import wandb
 
-        columns = ["step", *rows[0]]
+        columns: list[str | int] = ["step", *rows[0]]
         if columns != self._columns:
             self._columns, self._samples = columns, []
-        self._samples += [[step, *(row[name] for name in columns[1:])] for row in rows]
+        self._samples += [[step, *(row[str(name)] for name in columns[1:])] for row in rows]
         # W&B shows one table, the last one logged: each holds all samples so far.
         self._samples = self._samples[-_MAX_SAMPLE_ROWS:]
         self._run.log({"samples": wandb.Table(columns=columns, data=self._samples), "step": step})

@@ -1,7 +1,8 @@
 """metrics.jsonl: one strict JSON object a step, append-only, the source of truth that plots and loggers follow.
 
-A row is `{"step": 100, "tokens": 51200, "seconds": 12.5, "train/loss": 2.31, ...}`. JSON has no NaN, so numbers that are not
-finite are the strings "NaN", "Infinity" and "-Infinity"; no other value is a string, and `read_metrics` turns them back.
+A row is `{"step": 100, "tokens": 51200, "seconds": 12.5, "train/loss": 2.31, ...}`. JSON has no NaN, so numbers that
+are not finite are the strings "NaN", "Infinity" and "-Infinity"; no other value is a string, and `read_metrics` turns
+them back.
 """
 
 import json
@@ -17,7 +18,7 @@ from neurogen.training.files import parse_json
 Row = dict[str, int | float]
 
 REQUIRED = ("step", "tokens", "seconds")
-_NAMES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_NAMES: dict[str, float] = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def _number(value: SupportsFloat) -> int | float:
@@ -36,7 +37,9 @@ def _parse_row(line: bytes) -> Row:
     row = parse_json(line)
     if not isinstance(row, dict):
         raise ValueError("not an object")
-    values = {name: _NAMES.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
+    values = {
+        name: _NAMES[value] if isinstance(value, str) and value in _NAMES else value for name, value in row.items()
+    }
     for name, value in values.items():
         if type(value) not in (int, float):
             raise ValueError(f"{name} is not a number")
@@ -89,9 +92,9 @@ def read_metrics(path: str | Path) -> list[Row]:
 class MetricsWriter:
     """Append rows to metrics.jsonl, each in one write that is on its way to the disk when `write` returns.
 
-    With resume_step=k the file goes on exactly where the checkpoint of step k was: rows of later steps, and a line torn by
-    a crash, are cut off. Without it the file must be new or empty.
-    Raises UserError for a file with rows that nobody asked to resume, or that is broken before its last line.
+    With resume_step=k the file goes on exactly where the checkpoint of step k was: rows of later steps, and a line
+    torn by a crash, are cut off. Without it the file must be new or empty. Raises UserError for a file with rows that
+    nobody asked to resume, or that is broken before its last line.
     """
 
     def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
@@ -110,8 +113,8 @@ class MetricsWriter:
     def write(self, metrics: Mapping[str, SupportsFloat], *, step: int, tokens: int, seconds: float) -> Row:
         """Append the one row of a step and return it. Steps strictly increase: give a step's metrics all at once.
 
-        Raises ValueError for a step that does not follow the last row's or a metric called like a required column, OSError
-        when the disk refuses (what was written of the row is taken back, so the file stays sound).
+        Raises ValueError for a step that does not follow the last row's or a metric called like a required column,
+        OSError when the disk refuses (what was written of the row is taken back, so the file stays sound).
         """
         if step <= self._last_step:
             raise ValueError(f"metrics of step {step} after step {self._last_step}: steps strictly increase")

@@ -23,33 +23,38 @@ _SMOOTH_COLOR = "#08519c"
 _VALIDATION_COLOR = "#d94801"
 # Told apart by people who do not see all colours (Okabe and Ito's palette).
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_SMOOTHING_SHARE = 0.02
+_SMOOTHING_SHARE = 0.01
 
 Curve = tuple[list[float], list[float]]
 
 
 def curve(rows: Sequence[Row], name: str) -> Curve:
-    """Return (steps, values) of the rows that have a metric; a value that is not finite becomes NaN, a gap in the line."""
+    """Return (steps, values) of the rows that have a metric; a value that is not finite is NaN, a gap in the line."""
     points = [(float(row["step"]), float(row[name])) for row in rows if name in row]
     return [x for x, _ in points], [y if math.isfinite(y) else math.nan for _, y in points]
 
 
-def smooth(values: Sequence[float], *, span: float) -> list[float]:
-    """Return the exponential moving average with a time constant of `span` points, unbiased at the start.
-
-    Values that are not finite are gaps: they come out as NaN and leave the average as it was.
-    """
-    keep = math.exp(-1.0 / max(span, 1e-9))
+def _trailing_average(values: Sequence[float], span: float) -> list[float]:
+    keep = math.exp(-1.0 / span)
     total = weight = 0.0
     averages = []
     for value in values:
         if math.isfinite(value):
             total = keep * total + (1.0 - keep) * value
             weight = keep * weight + (1.0 - keep)
-            averages.append(total / weight)
-        else:
-            averages.append(math.nan)
+        averages.append(total / weight if math.isfinite(value) else math.nan)
     return averages
+
+
+def smooth(values: Sequence[float], *, span: float) -> list[float]:
+    """Return a moving average that does not lag: the mean of an exponential average run forwards and one run backwards.
+
+    `span` (positive) is the time constant in points. Values that are not finite are gaps: they come out as NaN and leave
+    the average as it was.
+    """
+    forwards = _trailing_average(values, span)
+    backwards = _trailing_average(values[::-1], span)[::-1]
+    return [(left + right) / 2.0 for left, right in zip(forwards, backwards, strict=True)]
 
 
 def _draw_noisy(axes: Axes, points: Curve, label: str) -> None:
@@ -82,7 +87,7 @@ def _mark_last(axes: Axes, points: Curve, color: str, unit: str) -> None:
 
 
 def _limit_to_bulk(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Keep the first steps' height and single spikes from flattening the rest; what leaves the frame is off the top only."""
+    """Keep the first steps' height and single spikes from flattening the rest; only the top is ever cut off."""
     values = sorted(value for _, ys in curves for value in ys if math.isfinite(value))
     if len(values) < 50:
         return
@@ -132,7 +137,7 @@ def _draw_throughput(axes: Axes, rows: Sequence[Row]) -> bool:
 
 
 def _draw_health(suffix: str, label: str) -> Callable[[Axes, Sequence[Row]], bool]:
-    """Return a drawing of every `health/.../<suffix>` metric, one line a region; they are shares of neurons in [0, 1]."""
+    """Return a drawing of every `health/.../<suffix>` metric, a share in [0, 1], with one line a region."""
 
     def draw(axes: Axes, rows: Sequence[Row]) -> bool:
         names = dict.fromkeys(
@@ -180,8 +185,8 @@ def plot_run(run_dir: str | Path) -> list[Path]:
         axes = figure.add_subplot()
         if not draw(axes, rows):
             continue
-        axes.set_title(f"{title}\n", loc="left", fontweight="bold")
-        axes.set_title(run.path.resolve().name, loc="left", fontsize=8, color="0.4")
+        axes.set_title(title, loc="left", fontweight="bold")
+        axes.set_title(run.path.resolve().name, loc="right", fontsize=8, color="0.4")
         axes.set_xlabel("step")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.25)

@@ -17,9 +17,9 @@ def prepare_run(
 
     Arguments:
         run_dir: where the run is kept; None for a fresh name below `root`.
-        resume: None for a new run; a run directory, or one checkpoint in it, to continue; "auto" to continue `run_dir` if
-            it is there, or without one the newest run below `root` with the same configuration that has not finished
-            and is not live, and to start afresh if there is none.
+        resume: None for a new run; a run directory, or one checkpoint in it, to continue; "auto" to continue
+            `run_dir` if it is there, or without one the newest run below `root` with the same configuration that has
+            not finished and is not live, and to start afresh if there is none.
         config: the resolved configuration, which is written to a new run and compared with an old one's.
 
     Raises UserError for a path that is in use, no run, live, or damaged. The configurations are not compared here:

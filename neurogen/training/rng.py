@@ -1,4 +1,4 @@
-"""The state of every global random number generator as JSON, so that a resumed run draws what the unbroken one would have."""
+"""The states of the global random number generators as JSON, so that a resumed run draws what it would have drawn."""
 
 import base64
 import random
@@ -23,7 +23,7 @@ def _tensor(text: str) -> torch.Tensor:
 
 
 def capture_rng() -> dict[str, Any]:
-    """Return the states of `random`, numpy's global generator, torch's CPU generator and the current CUDA device's (or None)."""
+    """Return the states of `random`, numpy's and torch's global generators and the current CUDA device (or None)."""
     version, words, next_gauss = random.getstate()
     name, keys, position, has_gauss, cached_gauss = np.random.get_state(legacy=True)
     cuda = torch.cuda.get_rng_state().numpy().tobytes() if torch.cuda.is_available() else None
@@ -36,7 +36,7 @@ def capture_rng() -> dict[str, Any]:
 
 
 def restore_rng(states: dict[str, Any]) -> list[str]:
-    """Undo `capture_rng`; return the names of generators that could not be restored because one side has no CUDA device.
+    """Undo `capture_rng`; return ["cuda"] if that generator is left alone because one side has no CUDA device, else [].
 
     Raises UserError when the states are malformed.
     """

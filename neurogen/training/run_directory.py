@@ -2,7 +2,7 @@
 
 runs/20260131-235959-9f3a/
     config.yaml      the resolved configuration
-    metrics.jsonl    one row a step                     status.json    state, step, tokens, seconds, reason, last checkpoint
+    metrics.jsonl    one row a step                     status.json    state, step, tokens, seconds, reason
     samples/         generated text                     plots/         curves
     checkpoints/     see neurogen.training.checkpoint   lock           held while the run is live
 """

@@ -1,7 +1,8 @@
 """Leaving on SIGINT (Ctrl-C) and SIGTERM (a scheduler's notice) with everything saved.
 
-The first signal only sets a flag: the trainer ends its step, saves, and leaves with exit code 130 (SIGINT) or 143 (SIGTERM),
-128 plus the signal's number as shells report it. The second one leaves at once, with the same code and without saving.
+The first signal only sets a flag: the trainer ends its step, saves, and leaves with exit code 130 (SIGINT) or 143
+(SIGTERM), 128 plus the signal's number as shells report it. The second one leaves at once, with the same code and
+without saving.
 """
 
 import signal

@@ -1,8 +1,8 @@
 """Named tensors in safetensors files, written durably with their hash and read with every fault turned into one line.
 
-The library's own writer needs the whole file in memory, reports a full disk as a text, and refuses tied tensors. The format
-is small (eight bytes of header length, a JSON header, raw little-endian data), so it is written here one tensor at a time;
-reading is the library's.
+The library's own writer needs the whole file in memory, reports a full disk as a text, and refuses tied tensors. The
+format is small (eight bytes of header length, a JSON header, raw little-endian data), so it is written here one
+tensor at a time; reading is the library's.
 """
 
 import hashlib
@@ -110,7 +110,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
         for name in names:
             flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
             if flat.numel():
-                put(memoryview(flat.view(torch.uint8).numpy()))
+                put(flat.view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(num_bytes, digest.hexdigest(), tied)

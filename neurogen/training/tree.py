@@ -1,6 +1,7 @@
 """Take a tree of Python containers apart into named tensors and a JSON description, and put it together again, exactly.
 
-Made for `optimizer.state_dict()`: integer keys, tuples, None, booleans, floats that are not finite and 0-d tensors survive.
+Made for `optimizer.state_dict()`: integer keys, tuples, None, booleans, floats that are not finite and 0-d tensors
+survive.
 """
 
 import math
@@ -13,7 +14,7 @@ from neurogen.errors import UserError
 
 
 def flatten_tree(tree: Any) -> tuple[dict[str, Tensor], Any]:
-    """Return (tensors by path, structure). `structure` is JSON-able and names the tensors; paths look like `state.0.exp_avg`.
+    """Return (tensors by path, structure). `structure` is JSON-able and names tensors by paths like `state.0.exp_avg`.
 
     Raises TypeError for a leaf that is no tensor, None, bool, int, float or str, and for a key that is no int or str.
     """
