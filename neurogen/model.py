@@ -134,7 +134,9 @@ class NeuroGen(nn.Module):
         assert self._optimizer is not None
         self._optimizer.zero_grad(set_to_none=True)
         out = self.forward(input_ids, target_ids=target_ids)
-        assert out.loss is not None and out.num_correct is not None and out.num_targets is not None
+        assert out.loss is not None
+        assert out.num_correct is not None
+        assert out.num_targets is not None
         out.loss.backward()
         nn.utils.clip_grad_norm_(self.parameters(), self._max_grad_norm)
         self._optimizer.step()
@@ -180,8 +182,8 @@ class NeuroGen(nn.Module):
     def flops_per_token(self) -> int:
         """Model FLOPs of training on one token, forward and backward.
 
-        Six for each weight of a matrix product (Kaplan et al. 2020), plus, forward times three, 2 D C a cortex layer for
-        the lateral weights (in the count of weights) and 4 D N a memory layer to write and read its fast weights.
+        Six for each weight of a matrix product (Kaplan et al. 2020), the lateral weights of the columns among
+        them, plus, forward times three, 4 D N a memory layer to write and read its fast weights.
         """
         config = self.config
         matrices = sum(

@@ -168,6 +168,6 @@ class BrainState:
                 )
 
     def _checked(self, lanes: Tensor) -> Tensor:
-        if lanes.numel() and not (0 <= int(lanes.min()) and int(lanes.max()) < self.lanes):
+        if lanes.numel() and (int(lanes.min()) < 0 or int(lanes.max()) >= self.lanes):
             raise UserError(f"lanes {lanes.tolist()} are not all in 0..{self.lanes - 1}")
         return lanes

@@ -68,8 +68,8 @@ def generate(
         model: runs in its own mode.
         input_ids: prompts, `[B, T]`, T >= 1.
         max_new_tokens: N >= 1.
-        temperature, top_k, top_p, min_p, repetition_penalty: see `kernels.sample.Sampling`; temperature 0 is greedy. The
-            penalty applies to tokens of the prompt and of the reply.
+        temperature, top_k, top_p, min_p, repetition_penalty: see `kernels.sample.Sampling`; temperature 0 is greedy.
+            The penalty applies to tokens of the prompt and of the reply.
         seed: of the draws, which also depend on lane and position alone.
         stop: ids that end a lane.
         state: what the lanes have read before the prompt; nothing if None.
