@@ -98,6 +98,11 @@ def _build_fields(values: dict[str, Any], root: type[C]) -> C:
         raise UserError(f"{missing}: missing from the config; its default is in conf/config.yaml") from error
 
 
+def _checkable(hint: Any) -> Any:
+    """A type OmegaConf can check, or Any: it knows no unions with lists, which their dataclass checks itself."""
+    return Any if any(typing.get_origin(part) in (list, dict) for part in typing.get_args(hint)) else hint
+
+
 def _default_of(field: dataclasses.Field[Any]) -> Any:
     if field.default is not dataclasses.MISSING:
         return field.default
@@ -113,7 +118,8 @@ def _build_group(group: str, values: Any) -> Any:
     schema = _schema_of(group, values)
     hints = typing.get_type_hints(schema)
     # OmegaConf makes a frozen dataclass read-only before it is filled, hence a plain copy of its fields.
-    spec = [(field.name, hints[field.name], _default_of(field)) for field in dataclasses.fields(schema) if field.init]
+    fields = [field for field in dataclasses.fields(schema) if field.init]
+    spec = [(field.name, _checkable(hints[field.name]), _default_of(field)) for field in fields]
     plain = dataclasses.make_dataclass(schema.__name__, spec)
     checked = OmegaConf.merge(OmegaConf.create({group: OmegaConf.structured(plain)}), {group: dict(values)})
     built = OmegaConf.to_container(checked, throw_on_missing=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from neurogen.config.compose import CONF_DIR, CONFIG_ERRORS, build_config, explain
@@ -23,11 +24,13 @@ def run_script(
     config_name: str = "config",
     root: type[Any] = Config,
     verbatim: Sequence[str] = (),
+    prepare: Callable[[DictConfig, Sequence[str]], DictConfig] | None = None,
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Compose conf/<config_name>.yaml with the command line, check it as `root` and call `task` with it.
 
-    `verbatim` keys are taken from the command line as they stand (`prompt=def f(x):`), past Hydra's grammar.
+    `verbatim` keys are taken from the command line as they stand (`prompt=def f(x):`), past Hydra's grammar; `prepare` may replace
+    the composed tree, given the overrides, before it is checked.
     Returns the exit code: the task's (None is 0), or 2 after `error: ...` on stderr for what a user can mend. A bug keeps its
     traceback.
     """
@@ -39,6 +42,8 @@ def run_script(
         try:
             OmegaConf.set_struct(node, False)
             node.update(texts)
+            if prepare is not None:
+                node = prepare(node, list(HydraConfig.get().overrides.task))
             outcome.append(task(build_config(node, root=root)) or 0)
         except UserError as error:
             outcome.append(error)

@@ -36,7 +36,10 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Stand still inside the context."""
+        """Stand still inside the context, if it was running."""
+        if self._started is None:
+            yield
+            return
         self.stop()
         try:
             yield
