@@ -1,4 +1,5 @@
-"""What types cannot say: ranges, and which settings cannot go together. Every failure is one line that names the key."""
+"""What types cannot say: ranges, and which settings cannot go together. Every failure is one line that names the
+key."""
 
 from __future__ import annotations
 
@@ -12,18 +13,24 @@ if TYPE_CHECKING:
 
 MODES = ("auto", "naive", "pointer", "preallocated", "unfused", "fused")
 DTYPES = ("auto", "float32", "bfloat16", "float64")
+LOGGERS = ("wandb", "none")
+LOGGER_MODES = ("offline", "online")
 PROGRESS_BY = ("auto", "steps", "tokens", "seconds")
 
 
 def check_config(config: Config) -> None:
     """Raise UserError for the first setting that is out of range or contradicts another."""
     one_of("mode.name", config.mode.name, MODES)
+    one_of("logger.name", config.logger.name, LOGGERS)
+    one_of("logger.mode", config.logger.mode, LOGGER_MODES)
     _check_trainer(config)
     _check_optimizer(config)
     _check_schedule(config)
     lanes, accumulation = config.data.lanes, config.trainer.accumulation
     if lanes % accumulation:
-        raise UserError(f"trainer.accumulation={accumulation}: must divide data.lanes={lanes}, which it takes in that many parts")
+        raise UserError(
+            f"trainer.accumulation={accumulation}: must divide data.lanes={lanes}, which it takes in that many parts"
+        )
     if config.seed < 0:
         raise UserError(f"seed={config.seed}: must be 0 or more")
 
@@ -36,7 +43,9 @@ def _check_trainer(config: Config) -> None:
         if (value := getattr(trainer, key)) is not None:
             in_range(f"trainer.{key}", value, above=0)
     if all(getattr(trainer, key) is None for key in limits):
-        raise UserError("trainer.max_steps: a run needs an end; set trainer.max_steps, trainer.max_tokens or trainer.max_seconds")
+        raise UserError(
+            "trainer.max_steps: a run needs an end; set trainer.max_steps, trainer.max_tokens or trainer.max_seconds"
+        )
     if trainer.stop_at_step is not None:
         in_range("trainer.stop_at_step", trainer.stop_at_step, least=1)
     for key in ("accumulation", "log_every", "evaluate_tokens", "sample_tokens", "keep_last"):
@@ -72,7 +81,9 @@ def _check_schedule(config: Config) -> None:
     decay = getattr(schedule, "decay", 0.0)
     in_range("schedule.decay", decay, least=0, most=1)
     if schedule.warmup + decay > 1:
-        raise UserError(f"schedule.decay={decay}: with schedule.warmup={schedule.warmup} it is more than the whole run (1)")
+        raise UserError(
+            f"schedule.decay={decay}: with schedule.warmup={schedule.warmup} it is more than the whole run (1)"
+        )
 
 
 def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:

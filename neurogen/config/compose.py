@@ -1,7 +1,7 @@
 """From YAML files and overrides to one checked config object.
 
-Hydra composes, OmegaConf checks types, checks.py checks values. Whatever a user can get wrong comes out as a UserError of one line
-that names the key.
+Hydra composes, OmegaConf checks types, checks.py checks values. Whatever a user can get wrong comes out as a
+UserError of one line that names the key.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigKeyError,
@@ -37,12 +37,12 @@ CONFIG_ERRORS = (HydraException, MissingConfigException, OmegaConfBaseException)
 C = TypeVar("C")
 
 
-def compose_config(overrides: Sequence[str] = (), *, root: type[C] = Config, config_name: str = "config") -> C:
-    """Compose conf/<config_name>.yaml with `overrides` as the scripts do, without running anything.
+def compose_config(overrides: Sequence[str] = ()) -> Config:
+    """Compose conf/config.yaml with `overrides` as scripts/train.py does, without running anything.
 
     Raises UserError, one line naming the key, for an unknown key or choice, a wrong type or an impossible combination.
     """
-    return build_config(compose_node(overrides, config_name=config_name), root=root)
+    return build_config(compose_node(overrides), Config)
 
 
 def compose_node(overrides: Sequence[str] = (), *, config_name: str = "config") -> DictConfig:
@@ -53,20 +53,23 @@ def compose_node(overrides: Sequence[str] = (), *, config_name: str = "config") 
             return compose(config_name, overrides=list(overrides))
     except CONFIG_ERRORS as error:
         raise UserError(explain(error)) from error
-    except ValueError as error:  # Hydra's own for a group set to nothing
-        raise UserError(" ".join(str(error).split())) from error
+    except ValueError as error:
+        raise UserError(explain_empty_group(error, overrides)) from error
 
 
-def build_config(tree: DictConfig | Mapping[str, Any], *, root: type[C] = Config) -> C:
+def build_config(
+    tree: DictConfig | Mapping[str, Any], root: type[C], *, verbatim: Mapping[str, str] | None = None
+) -> C:
     """Check a composed tree (or a plain mapping read from a file) and make it a `root` dataclass.
 
+    `verbatim` replaces root keys by texts in which nothing is interpolated.
     Nothing named in the tree is ever imported or called: it can hold numbers, text, lists and nothing else.
     """
     try:
         node = OmegaConf.create(dict(tree)) if not isinstance(tree, DictConfig) else tree
         values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
         assert isinstance(values, dict)
-        config = _build_fields({str(key): value for key, value in values.items()}, root)
+        config = _build_fields({str(key): value for key, value in values.items()} | dict(verbatim or {}), root)
     except CONFIG_ERRORS as error:
         raise UserError(explain(error)) from error
     if isinstance(config, Config):
@@ -84,7 +87,9 @@ def _build_fields(values: dict[str, Any], root: type[C]) -> C:
     for key in values:
         if key not in names:
             raise UserError(_unknown_key(key))
-    built: dict[str, Any] = {name: _build_group(name, values[name]) for name in names if name in GROUPS and values.get(name)}
+    built: dict[str, Any] = {
+        name: _build_group(name, values[name]) for name in names if name in GROUPS and values.get(name)
+    }
     plain = [field for field in dataclasses.fields(root) if field.name not in GROUPS]  # type: ignore[arg-type]
     hints = typing.get_type_hints(root)
     spec = [(field.name, hints[field.name], _default_of(field)) for field in plain]
@@ -154,6 +159,9 @@ def explain(error: Exception) -> str:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         if group:
             return f"{group}={choice}: no such choice; choose one of {', '.join(group_choices(group))}"
+    if isinstance(error, OverrideParseException):
+        reason = next(iter(str(error).splitlines()), "cannot be read")
+        return f"{error.override}: not a key=value that can be read ({reason}); quote the value: 'key=\"value\"'"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     key = getattr(cause, "full_key", None) or ""
     unknown = re.search(r"Could not (?:override|delete from config\.|append to config\.) *'?([\w.@/]+)'", str(error))
@@ -170,6 +178,17 @@ def explain(error: Exception) -> str:
         return f"{key}: {first[:1].lower()}{first[1:]}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("See http")]
     return (f"{key}: " if key and key not in lines[0] else "") + "; ".join(lines)
+
+
+def explain_empty_group(error: ValueError, overrides: Sequence[str]) -> str:
+    """One line for the bare ValueError that Hydra raises when a group is set to null. Any other ValueError is raised
+    again."""
+    if "Config group override" not in str(error):
+        raise error
+    for group in GROUPS:
+        if any(word.strip() in (f"{group}=null", f"{group}=") for word in overrides):
+            return f"{group}=null: a run needs one; choose one of {', '.join(group_choices(group))}"
+    return " ".join(str(error).split())
 
 
 def _unknown_key(key: str) -> str:

@@ -17,9 +17,9 @@ AUTO = "auto"
 def continue_config(tree: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """The tree to run for a composed `tree` and the command line it came from.
 
-    Without `resume`, or with resume=auto (the same command given again), that is `tree`. With resume=<run directory or checkpoint> it
-    is the run's saved configuration, in which only the keys and groups named on this command line are replaced, so that resuming does
-    not mean repeating every override. Raises UserError if there is no such run.
+    Without `resume`, or with resume=auto (the same command given again), that is `tree`. With resume=<run directory
+    or checkpoint> it is the run's saved configuration, in which only the keys and groups named on this command line
+    are replaced, so that resuming does not mean repeating every override. Raises UserError if there is no such run.
     """
     path = tree.get("resume")
     if path is None or path == AUTO:

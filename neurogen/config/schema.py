@@ -1,8 +1,8 @@
 """The typed shape of every config group: what a YAML file or an override may say.
 
-A group whose choices need different keys (optimizer, schedule) has one dataclass per choice, picked by the group's `name`,
-so that a key the chosen optimiser would not honour is refused instead of ignored. The dataclasses of `model` and `data`
-live beside the code that uses them; `logger` likewise.
+A group whose choices need different keys (optimizer, schedule) has one dataclass per choice, picked by the group's
+`name`, so that a key the chosen optimiser would not honour is refused instead of ignored. The dataclasses of `model`
+and `data` live beside the code that uses them; `logger` likewise.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class AdamWConfig:
 class MuonConfig:
     """Muon (Jordan, 2024) for hidden matrices and AdamW for everything else, one learning rate for both.
 
-    Updates of the matrices are scaled to the root mean square AdamW's have (0.2, Liu et al., 2025, arXiv 2502.16982), so lr and
-    weight_decay mean the same for both; `lr_rest` sets another rate for what AdamW updates (null: the same).
+    Updates of the matrices are scaled to the root mean square AdamW's have (0.2, Liu et al., 2025, arXiv 2502.16982),
+    so lr and weight_decay mean the same for both; `lr_rest` sets another rate for what AdamW updates (null: the
+    same).
     """
 
     name: str = "muon"
@@ -58,7 +59,8 @@ class MuonConfig:
 class ScheduleConfig:
     """What every schedule has: a linear warm-up that lasts `warmup` (a share of the run) and at least `warmup_steps`.
 
-    `by` names the limit whose share is the run's progress: steps, tokens, seconds, or auto for whichever is closest to its end.
+    `by` names the limit whose share is the run's progress: steps, tokens, seconds, or auto for whichever is closest
+    to its end.
     """
 
     name: str = "constant"
@@ -77,7 +79,8 @@ class CosineConfig(ScheduleConfig):
 
 @dataclass
 class WSDConfig(ScheduleConfig):
-    """Warm-up, stable, decay: the rate stays at its peak and falls linearly over the last `decay` (a share of the run)."""
+    """Warm-up, stable, decay: the rate stays at its peak and falls linearly over the last `decay` (a share of the
+    run)."""
 
     name: str = "wsd"
     decay: float = 0.2
@@ -93,8 +96,8 @@ class ConstantConfig(ScheduleConfig):
 class TrainerConfig:
     """How long to train, in what precision, and how often to look.
 
-    The run ends at the first of max_steps, max_tokens and max_seconds that is reached (at least one is needed). Seconds count
-    training only: not evaluation, sampling or saving. Intervals are in steps; 0 means never.
+    The run ends at the first of max_steps, max_tokens and max_seconds that is reached (at least one is needed).
+    Seconds are those of training: not of evaluation, sampling or saving. Intervals are in steps; 0 means never.
     """
 
     max_steps: int | None = None

@@ -11,7 +11,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from neurogen.config.compose import CONF_DIR, CONFIG_ERRORS, build_config, explain
+from neurogen.config.compose import CONF_DIR, CONFIG_ERRORS, build_config, explain, explain_empty_group
 from neurogen.config.schema import Config
 from neurogen.errors import UserError
 
@@ -29,10 +29,10 @@ def run_script(
 ) -> int:
     """Compose conf/<config_name>.yaml with the command line, check it as `root` and call `task` with it.
 
-    `verbatim` keys are taken from the command line as they stand (`prompt=def f(x):`), past Hydra's grammar; `prepare` may replace
-    the composed tree, given the overrides, before it is checked.
-    Returns the exit code: the task's (None is 0), or 2 after `error: ...` on stderr for what a user can mend. A bug keeps its
-    traceback.
+    `verbatim` keys are taken from the command line as they stand (`prompt=def f(x):`), past Hydra's grammar;
+    `prepare` may replace the composed tree, given the overrides, before it is checked.
+    Returns the exit code: the task's (None is 0), or 2 after `error: ...` on stderr for what a user can mend. A bug
+    keeps its traceback.
     """
     words, texts = _split_verbatim(list(sys.argv[1:] if arguments is None else arguments), verbatim)
     outcome: list[int | UserError] = []
@@ -41,10 +41,10 @@ def run_script(
         # Hydra prints a line of its own about a job that raises, so a user's error leaves by this list instead.
         try:
             OmegaConf.set_struct(node, False)
-            node.update(texts)
+            node.update(dict.fromkeys(texts, ""))
             if prepare is not None:
                 node = prepare(node, list(HydraConfig.get().overrides.task))
-            outcome.append(task(build_config(node, root=root)) or 0)
+            outcome.append(task(build_config(node, root, verbatim=texts)) or 0)
         except UserError as error:
             outcome.append(error)
 
@@ -56,9 +56,7 @@ def run_script(
     except CONFIG_ERRORS as error:
         outcome.append(UserError(explain(error)))
     except ValueError as error:
-        if "Config group override" not in str(error):
-            raise
-        outcome.append(UserError(" ".join(str(error).split())))
+        outcome.append(UserError(explain_empty_group(error, words)))
     finally:
         sys.argv = saved_argv
         if saved_flag is None:
@@ -66,8 +64,8 @@ def run_script(
         else:
             os.environ["HYDRA_FULL_ERROR"] = saved_flag
     errors = [result for result in outcome if isinstance(result, UserError)]
-    for error in errors:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    for each in errors:
+        print(f"error: {' '.join(str(each).split())}", file=sys.stderr)
     if errors:
         return USER_ERROR_EXIT_CODE
     return max((result for result in outcome if isinstance(result, int)), default=0)

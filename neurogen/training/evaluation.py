@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from neurogen.data import TokenStream, Tokenizer, validation_batches
+from neurogen.data import Tokenizer, TokenStream, validation_batches
 from neurogen.data.batches import IGNORE
 from neurogen.training.precision import Precision
 
@@ -75,8 +75,8 @@ def evaluate(
 ) -> Evaluation:
     """Read `stream` once in lanes and sum up; the first `max_tokens` targets at most.
 
-    carry_state: hand each lane's state from window to window, as in training; otherwise every window starts from a new one, which
-    shows what the memory of earlier windows is worth. Synchronises once, at the end.
+    carry_state: hand each lane's state from window to window, as in training; otherwise every window starts from a
+    new one, which shows what the memory of earlier windows is worth. Synchronises once, at the end.
     """
     # A short text in many lanes would be mostly padding.
     num_targets = min(len(stream) - 1, max_tokens or len(stream) - 1)

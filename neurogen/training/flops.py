@@ -6,7 +6,8 @@ import sys
 
 import torch
 
-# Dense bfloat16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets (without sparsity). The longest name that fits counts.
+# Dense bfloat16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets (without sparsity). The longest name that fits
+# counts.
 PEAK_BF16_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,

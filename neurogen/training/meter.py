@@ -16,8 +16,8 @@ FIXED = ("loss", "targets", "correct", "grad_norm", "steps")
 class Meter:
     """Sums over the steps since the last reading; skipped steps are counted and left out.
 
-    Adding never waits for the device; `read` does, once. The sums are part of a checkpoint, so that a run resumed inside an interval
-    reports the same averages.
+    Adding never waits for the device; `read` does, once. The sums are part of a checkpoint, so that a run resumed
+    inside an interval reports the same averages.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,7 +41,8 @@ class Meter:
     def read(self) -> dict[str, float]:
         """The metrics of the interval, which starts anew: one synchronisation.
 
-        train/loss is nan if every step of the interval was skipped; train/skipped_steps counts from the start of the run.
+        train/loss is nan if every step of the interval was skipped; train/skipped_steps counts from the start of the
+        run.
         """
         if self._sums is None:
             return {}

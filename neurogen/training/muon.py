@@ -1,7 +1,9 @@
-"""Muon: momentum whose update is replaced by the nearest orthogonal matrix (Jordan, 2024, kellerjordan.github.io/posts/muon).
+"""Muon: momentum whose update is replaced by the nearest orthogonal matrix (Jordan, 2024,
+kellerjordan.github.io/posts/muon).
 
-torch.optim.Muon exists from torch 2.9, takes single matrices only and iterates in bfloat16; the hyper-columns' lateral weights are
-batches of C x C matrices, torch 2.6 is supported, and runs in float32 and float64 must be exact, hence this one.
+torch.optim.Muon exists from torch 2.9, takes single matrices only and iterates in bfloat16; the hyper-columns'
+lateral weights are batches of C x C matrices, torch 2.6 is supported, and runs in float32 and float64 must be exact,
+hence this one.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The quintic a x + b x^3 + c x^5, steepest at zero: after five rounds it carries any singular value in [0.002, 1] into about [0.7, 1.2].
+# The quintic a x + b x^3 + c x^5, steepest at zero: after five rounds it carries any singular value in [0.002, 1]
+# into about [0.7, 1.2].
 QUINTIC = (3.4445, -4.7750, 2.0315)
-# The root mean square of AdamW's updates in practice, so that one learning rate serves both (Liu et al., 2025, arXiv 2502.16982).
+# The root mean square of AdamW's updates in practice, so that one learning rate serves both (Liu et al., 2025, arXiv
+# 2502.16982).
 ADAMW_UPDATE_RMS = 0.2
 
 
@@ -43,9 +47,9 @@ def orthogonalize(matrix: Tensor, *, num_iterations: int = 5, eps: float = 1e-7)
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum for matrices [..., M, N] (see the module for why torch's own does not fit).
 
-    m = momentum m + (1 - momentum) g; the update is orthogonalize(m, or g (1 - momentum) + momentum m with Nesterov) times
-    0.2 sqrt(max(M, N)); weight decay is decoupled. Setting `found_inf` to a 0-d tensor that is 1 leaves parameters and momentum as
-    they are, without the host looking at it (the convention of torch's fused optimisers).
+    m = momentum m + (1 - momentum) g; the update is orthogonalize(m, or g (1 - momentum) + momentum m with Nesterov)
+    times 0.2 sqrt(max(M, N)); weight decay is decoupled. Setting `found_inf` to a 0-d tensor that is 1 leaves
+    parameters and momentum as they are, without the host looking at it (the convention of torch's fused optimisers).
     """
 
     found_inf: Tensor | None = None

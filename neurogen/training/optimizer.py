@@ -1,8 +1,8 @@
 """Optimisers: who is decayed, who is orthogonalised, and the state as flat tensors.
 
-Weight decay falls on weight matrices only. Biases, time constants and relay gains set operating points and have no reason to shrink;
-an embedding row is normalised right after its look-up, so its length means nothing and decay would only raise its effective rate
-(OLMo 2, arXiv 2501.00656, leaves embeddings out too).
+Weight decay falls on weight matrices only. Biases, time constants and relay gains set operating points and have no
+reason to shrink; an embedding row is normalised right after its look-up, so its length means nothing and decay would
+only raise its effective rate (OLMo 2, arXiv 2501.00656, leaves embeddings out too).
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def parameter_role(name: str, param: Tensor) -> str:
 class ModelOptimizer:
     """One or two torch optimisers over a model's parameters, stepped as one.
 
-    Every group keeps its peak rate; `set_rate_scale` moves all of them along the schedule. State is read and restored under the names
-    `<parameter>/<buffer>`, so a checkpoint does not depend on the order of groups.
+    Every group keeps its peak rate; `set_rate_scale` moves all of them along the schedule. State is read and restored
+    under the names `<parameter>/<buffer>`, so a checkpoint does not depend on the order of groups.
     """
 
     def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         self.optimizers = optimizers
-        self._names = {param: name for name, param in model.named_parameters()}
+        self._names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
         self._peak_rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in optimizers]
         self.rate_scale = 1.0
         held = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
@@ -96,14 +96,20 @@ class ModelOptimizer:
         for full, tensor in tensors.items():
             name, _, key = full.rpartition("/")
             if name not in params:
-                raise UserError(f"the checkpoint's optimiser state has {full}, which this model does not; resume with the same model.*")
+                raise UserError(
+                    f"the checkpoint's optimiser state has {full}, which this model does not; keep model.*"
+                )
             param = params[name]
             optimizer = owner[param]
             expected = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
             if key not in expected:
-                raise UserError(f"the checkpoint's optimiser state has {full}, which is another optimiser's; keep optimizer.name")
+                raise UserError(
+                    f"the checkpoint's optimiser state has {full}, which is another optimiser's; keep optimizer.name"
+                )
             if key != "step" and tensor.shape != param.shape:
-                raise UserError(f"the checkpoint's {full} has shape {tuple(tensor.shape)}, not {tuple(param.shape)}; keep model.*")
+                raise UserError(
+                    f"the checkpoint's {full} has shape {tuple(tensor.shape)}, not {tuple(param.shape)}; keep model.*"
+                )
             dtype = torch.float32 if key == "step" else param.dtype
             optimizer.state[param][key] = tensor.detach().to(param.device, dtype, copy=True)
 

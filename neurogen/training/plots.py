@@ -112,7 +112,7 @@ def _draw_loss(axes: Axes, rows: Sequence[Row]) -> bool:
 
 
 def _draw_bits_per_byte(axes: Axes, rows: Sequence[Row]) -> bool:
-    names = {"val/bpb": "carried state", "val/bpb_reset": "state reset at each window"}
+    names = {"val/bpb": "carried state", "val_reset/bpb": "state reset at each window"}
     curves = [(curve(rows, name), label) for name, label in names.items()]
     drawn = [(points, label) for points, label in curves if points[0]]
     for (points, label), color in zip(drawn, (_VALIDATION_COLOR, _COLORS[0])):

@@ -22,7 +22,9 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device={name}: not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices; use device=cpu or auto")
+        raise UserError(
+            f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices; use device=cpu or auto"
+        )
     return device
 
 
@@ -30,8 +32,8 @@ def resolve_device(name: str) -> torch.device:
 class Precision:
     """How numbers are kept and multiplied.
 
-    bfloat16 keeps parameters, gradients and optimiser state in float32 and autocasts matrix products; float32 and float64 are what
-    they say, without TF32.
+    bfloat16 keeps parameters, gradients and optimiser state in float32 and autocasts matrix products; float32 and
+    float64 are what they say, without TF32.
     """
 
     device: torch.device

@@ -1,4 +1,5 @@
-"""What a run leaves behind: rows of metrics, samples, checkpoints, plots and a status, in its directory and at its logger."""
+"""What a run leaves behind: rows of metrics, samples, checkpoints, plots and a status, in its directory and at its
+logger."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ from neurogen.training.trainer import INTERRUPTED, Trainer
 if TYPE_CHECKING:
     from neurogen.config.schema import Config
 
-# Changing these would give the saved weights, moments or lanes another meaning; the data's position and text are checked apart.
+# Changing these would give the saved weights, moments or lanes another meaning; the data's position and text are
+# checked apart.
 FIXED_KEYS = ("model.", "data.tokenizer", "data.vocab_size", "data.batching", "data.lanes", "optimizer.name", "seed")
 # Where a run is kept and how it was asked for say nothing about what it computes.
 PLACE_KEYS = ("run_dir", "resume")
@@ -71,7 +72,8 @@ def seed_everything(seed: int) -> None:
 
 
 def set_arithmetic(config: Config) -> None:
-    """Set torch's process-wide switches: TF32 off unless bfloat16 was good enough anyway, deterministic kernels if asked for."""
+    """Set torch's process-wide switches: TF32 off unless bfloat16 was good enough anyway, deterministic kernels if
+    asked for."""
     exact = config.trainer.dtype in ("float32", "float64")
     torch.set_float32_matmul_precision("highest" if exact else "high")
     if config.trainer.deterministic:
@@ -86,7 +88,9 @@ def compare_configs(checkpoint: Checkpoint, config: dict[str, Any]) -> list[str]
         if key in PLACE_KEYS:
             continue
         if key.startswith(FIXED_KEYS):
-            raise UserError(f"{key}={new}: the run to resume has {key}={old}, and its checkpoint means nothing otherwise; keep it")
+            raise UserError(
+                f"{key}={new}: the run to resume has {key}={old}, and its checkpoint means nothing otherwise; keep it"
+            )
         lines.append(f"changed since the checkpoint: {key}: {old} -> {new}")
     return lines
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def encode_prompt(tokenizer: Tokenizer, text: str, *, starts_documents: bool) -> torch.Tensor:
     """Ids `[1, T]` of a prompt, T >= 1.
 
-    starts_documents: begin with the document-start id, as the model's training text did. A model trained on running text never saw
-    that id, and an empty prompt is a line feed to it.
+    starts_documents: begin with the document-start id, as the model's training text did. A model trained on running
+    text never saw that id, and an empty prompt is a line feed to it.
     """
     ids = tokenizer.encode(text if text or starts_documents else "\n").astype(np.int64)
     if starts_documents:

@@ -1,7 +1,8 @@
 """Learning-rate schedules: pure functions of how much of the run is done.
 
-A schedule yields a scale in [0, 1] that multiplies every group's peak rate. Progress is a share in [0, 1] of whichever limit drives
-the run (steps, tokens or seconds), so that a run of 50 seconds anneals as completely as one of 50,000 steps.
+A schedule yields a scale in [0, 1] that multiplies every group's peak rate. Progress is a share in [0, 1] of
+whichever limit drives the run (steps, tokens or seconds), so that a run of 50 seconds anneals as completely as one of
+50,000 steps.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class Progress:
 def run_share(progress: Progress, trainer: TrainerConfig, *, by: str = "auto", step_tokens: int = 0) -> float:
     """The share of the run, in [0, 1], at the middle of the step about to be taken.
 
-    The middle, so that neither the first nor the last step of a run has a rate of exactly zero; seconds have no middle to know in
-    advance and count as they stand. `by` picks the limit; auto takes the limit closest to its end.
+    The middle, so that neither the first nor the last step of a run has a rate of exactly zero; seconds have no
+    middle to know in advance and count as they stand. `by` picks the limit; auto takes the limit closest to its end.
     """
     done: dict[str, tuple[float, float | None]] = {
         "steps": (progress.step + 0.5, trainer.max_steps),
@@ -43,7 +44,8 @@ def run_share(progress: Progress, trainer: TrainerConfig, *, by: str = "auto", s
 def learning_rate_scale(schedule: ScheduleConfig, share: float, *, step: int) -> float:
     """The factor on the peak learning rate for step number `step` (from 0) at `share` of the run.
 
-    Warm-up rises linearly until both `warmup` (a share) and `warmup_steps` are behind; what follows depends on the schedule:
+    Warm-up rises linearly until both `warmup` (a share) and `warmup_steps` are behind; what follows depends on the
+    schedule:
     cosine: final + (1 - final) (1 + cos(pi q)) / 2 with q the share of the time after the warm-up;
     wsd: 1, then linearly down to final over the last `decay` of the run; constant: 1.
     """

@@ -1,7 +1,7 @@
 """What a run is made of at one moment, and how that moment is saved and restored.
 
-A session restored from a checkpoint takes the same steps as one that never stopped: parameters, optimiser, brain state of every lane,
-position in the data, random generators, and the averages of an unfinished logging interval.
+A session restored from a checkpoint takes the same steps as one that never stopped: parameters, optimiser, brain
+state of every lane, position in the data, random generators, and the averages of an unfinished logging interval.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ BRAIN, METER = "brain/", "meter/"
 class Session:
     """Everything that changes while a run trains, and the corpus it reads.
 
-    states: the brain's state of each part of the lanes (see Update); None where windows are independent or nothing was read yet.
+    states: the brain's state of each part of the lanes (see Update); None where windows are independent or nothing
+    was read yet.
     """
 
     config: Config
@@ -88,16 +89,19 @@ class Session:
     def restore(self, checkpoint: Checkpoint) -> list[str]:
         """Become what was saved; return the names of random generators that could not be restored.
 
-        Raises UserError where that would corrupt the run: another vocabulary, corpus, model, optimiser or shape of the lanes.
+        Raises UserError where that would corrupt the run: another vocabulary, corpus, model, optimiser or shape of
+        the lanes.
         """
         saved = checkpoint.metadata
         if saved["tokenizer_fingerprint"] != self.corpus.tokenizer.fingerprint:
             raise UserError(
-                f"data.tokenizer: this data's vocabulary ({self.corpus.tokenizer.vocab_size} ids) is not the one {checkpoint.path} "
-                f"was trained with ({saved['vocab_size']} ids); resume with the same data"
+                f"data.tokenizer: this data's vocabulary ({self.corpus.tokenizer.vocab_size} ids) is not the one "
+                f"{checkpoint.path} was trained with ({saved['vocab_size']} ids); resume with the same data"
             )
         if saved["data_fingerprint"] != self.corpus.fingerprint:
-            raise UserError(f"data: the text is not the one {checkpoint.path} was trained on; resume with the same files, or start anew")
+            raise UserError(
+                f"data: the text is not the one {checkpoint.path} was trained on; give the same files, or start anew"
+            )
         load_weights(self.model, checkpoint)
         self.optimizer.load_state_tensors(checkpoint.optimizer_tensors.load())
         self.batches.load_state_dict(saved["data_position"])
@@ -126,11 +130,21 @@ def build_session(config: Config, corpus: Corpus) -> Session:
     model = NeuroGen(config.model, vocab_size=corpus.tokenizer.vocab_size, mode=mode)
     precision.place(model)
     states: list[BrainState | None] = [None] * config.trainer.accumulation
-    return Session(config, corpus, precision, model, build_optimizer(model, config.optimizer), batches, Meter(device), states=states)
+    return Session(
+        config,
+        corpus,
+        precision,
+        model,
+        build_optimizer(model, config.optimizer),
+        batches,
+        Meter(device),
+        states=states,
+    )
 
 
 def load_weights(model: NeuroGen, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's parameters into a model of the same shape. Raises UserError, naming the tensor, if one does not fit."""
+    """Copy a checkpoint's parameters into a model of the same shape. Raises UserError, naming the tensor, if one does
+    not fit."""
     own: dict[str, Tensor] = dict(model.state_dict())
     saved = checkpoint.model_tensors
     for name in sorted(own.keys() ^ set(saved)):
@@ -139,8 +153,8 @@ def load_weights(model: NeuroGen, checkpoint: Checkpoint) -> None:
     for name, tensor in saved.load().items():
         if own[name].shape != tensor.shape:
             raise UserError(
-                f"{checkpoint.path}: {name} has shape {tuple(tensor.shape)}, the model {tuple(own[name].shape)}; use the checkpoint's "
-                "own model.* settings and tokenizer"
+                f"{checkpoint.path}: {name} has shape {tuple(tensor.shape)}, the model "
+                f"{tuple(own[name].shape)}; use the checkpoint's own model.* settings and tokenizer"
             )
         with torch.no_grad():
             own[name].copy_(tensor)

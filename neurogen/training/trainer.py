@@ -1,6 +1,7 @@
 """The training loop: windows in, updates out, and a look at the model now and then.
 
-What happens at which step depends on the configuration and the step alone, so a resumed run falls in with the one it continues.
+What happens at which step depends on the configuration and the step alone, so a resumed run falls in with the one it
+continues.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from neurogen.training.update import Update, split_batch
 
 FINISHED, INTERRUPTED = "finished", "interrupted"
 # What the progress display shows of a row, and under which name.
-SHOWN = {"train/loss": "loss", "val/bpb": "val_bpb", "throughput/tokens_per_second": "tokens/s", "throughput/mfu": "mfu"}
+SHOWN = {
+    "train/loss": "loss",
+    "val/bpb": "val_bpb",
+    "throughput/tokens_per_second": "tokens/s",
+    "throughput/mfu": "mfu",
+}
 
 
 class Trainer:
@@ -49,7 +55,8 @@ class Trainer:
     def fit(self, stop: StopRequest) -> tuple[str, str]:
         """Train to the end. Returns (`finished` or `interrupted`, why).
 
-        `stop` is looked at between steps. However training ends, a checkpoint of its last step is being saved on return.
+        `stop` is looked at between steps. However training ends, a checkpoint of its last step is being saved on
+        return.
         """
         ending = self._limit_reached()
         if ending is not None:  # a finished run, continued with the limits it had
@@ -175,7 +182,8 @@ class Trainer:
         return None
 
     def _warm_up(self) -> None:
-        """On a GPU, take the first step without its update and off the clock: kernels compile, and too large a batch shows at once."""
+        """On a GPU, take the first step without its update and off the clock: kernels compile, and too large a batch
+        shows at once."""
         session = self.session
         if session.precision.device.type != "cuda":
             return
@@ -188,7 +196,7 @@ class Trainer:
         except torch.cuda.OutOfMemoryError as error:
             lanes, parts = session.config.data.lanes, self.config.accumulation
             raise UserError(
-                f"data.lanes={lanes}: a step does not fit in the GPU's memory ({str(error).splitlines()[0]}); take it in more "
-                f"parts with trainer.accumulation={2 * parts}, or lower data.lanes or data.window"
+                f"data.lanes={lanes}: a step does not fit in the GPU's memory ({str(error).splitlines()[0]}); take "
+                f"it in more parts with trainer.accumulation={2 * parts}, or lower data.lanes or data.window"
             ) from error
         session.optimizer.zero_grad()

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured. Tensors are 0-d and on the device: reading one is a synchronisation, and the caller's decision.
+    """What a step measured. Tensors are 0-d and on the device: reading one is a synchronisation, and the caller's
+    decision.
 
     Arguments:
         loss: mean cross-entropy in nats over the step's targets, before the update.
@@ -64,9 +65,9 @@ class Update:
     def __call__(self, batches: Sequence[Batch], states: Sequence[BrainState | None]) -> StepResult:
         """Take one step on `batches`, each read from its own state (None: a new one).
 
-        Parts are weighted by their number of targets, so the gradient is that of the mean over all targets, however the lanes were
-        divided. A step whose loss or gradient is not finite changes no parameter and no moment; non-finite entries of the state it
-        leaves start again from zero. Nothing waits for the device.
+        Parts are weighted by their number of targets, so the gradient is that of the mean over all targets, however
+        the lanes were divided. A step whose loss or gradient is not finite changes no parameter and no moment;
+        non-finite entries of the state it leaves start again from zero. Nothing waits for the device.
         """
         self.optimizer.zero_grad()
         result = self.backward(batches, states)
@@ -81,10 +82,9 @@ class Update:
         for batch, state, count in zip(batches, states, counts):
             part = _to_device(batch, self.precision.device)
             with self.precision.autocast():
-                out = self.model(
-                    part.input_ids, state, document_start=part.document_start, target_ids=part.target_ids
-                )
-            assert out.loss is not None and out.num_correct is not None
+                out = self.model(part.input_ids, state, document_start=part.document_start, target_ids=part.target_ids)
+            assert out.loss is not None
+            assert out.num_correct is not None
             if count:
                 loss = out.loss * (count / total)
                 loss.backward()
