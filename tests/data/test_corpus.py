@@ -147,14 +147,14 @@ FAULTS = {
     "empty jsonl": ("a.jsonl", b"", r"a\.jsonl holds no document"),
     "invalid utf-8": ("a.txt", b"caf\xe9 au lait", r"a\.txt is not valid UTF-8 at byte 3"),
     "cut character": ("a.txt", "世".encode()[:2], r"a\.txt is not valid UTF-8 at byte 0"),
-    "invalid utf-8 in a line": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"line 2 is not valid UTF-8 at byte 10"),
+    "invalid utf-8 in a line": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"line 2 .* UTF-8 at byte 10"),
     "lone surrogate": ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl line 1 holds a lone surrogate"),
     "no text": ("a.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', r"a\.jsonl line 3 has no text under 'text'"),
     "text is no string": ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl line 1 has no text"),
     "no object": ("a.jsonl", b'"text"\n', r"a\.jsonl line 1 has no text"),
     "no json": ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', r"a\.jsonl line 2 is not JSON"),
     "empty text": ("a.jsonl", b'{"text": "a"}\n{"text": ""}\n', r"a\.jsonl line 2 has an empty 'text'"),
-    "truncated zst": ("a.jsonl.zst", zstandard.compress(os.urandom(5000))[:-100], r"a\.jsonl\.zst is cut short"),
+    "truncated zst": ("a.jsonl.zst", zstandard.compress(b"[" * 99)[:-4], r"a\.jsonl\.zst is cut short"),
     "no zst": ("a.jsonl.zst", b'{"text": "plain"}\n', r"a\.jsonl\.zst is not a sound zst file"),
 }  # fmt: skip
 
