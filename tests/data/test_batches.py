@@ -29,7 +29,10 @@ def slow_lane(stream, lane, lanes, first, count):
     for i in range(count):
         at = (first + lane * length // lanes + i) % length
         token = int(stream.tokens[at])
-        rows.append((token, int(stream.tokens[(at + 1) % length]), at == 0 or token == stream.document_start_id))
+        target = int(stream.tokens[(at + 1) % length])
+        if (at + 1) % length == 0 and stream.document_start_id is None:
+            target = -100  # the stream's first token does not follow from its last
+        rows.append((token, target, at == 0 or token == stream.document_start_id))
     return rows
 
 
