@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from neurogen.data.config import DataConfig
 from neurogen.data.stream import TokenStream
 from neurogen.errors import UserError
 
 IGNORE = -100
+BLOCK_TOKENS = 1 << 14
 
 
 @dataclass
@@ -42,8 +42,12 @@ class Batch:
         )
 
 
-class _Batches:
-    """What lanes and random windows share: the shape, the share of a rank, the position, and a stop at bad settings."""
+class Batches:
+    """What all endless batches share: the shape, the share of a rank, and a stop at bad settings.
+
+    window_at(position) is a pure function: ids [B, T+1] in the stream's own type and resets bool [B, T+1], both only
+    valid until the next call. `next` turns them into a `Batch`.
+    """
 
     kind: str
 
@@ -55,10 +59,26 @@ class _Batches:
         self.lanes = lanes
         self.window = window
         self.seed = seed
-        self._lane_slice = _rank_lanes(lanes, rank, world_size)
+        self._rank_lanes = range(lanes)[_rank_lanes(lanes, rank, world_size)]
 
     def __iter__(self):
         return self
+
+    def __next__(self) -> Batch:
+        ids, resets = self.next_window()
+        return expand(torch.from_numpy(ids), torch.from_numpy(resets), self.stream.document_start_id)
+
+    def next_window(self) -> tuple[np.ndarray, np.ndarray]:
+        """The next batch as `expand` takes it; moves the position."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position and what it refers to, JSON-able."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly there. The number of ranks may differ; UserError when stream, seed or lanes do."""
+        raise NotImplementedError
 
     def _identity(self) -> dict[str, Any]:
         return {"kind": self.kind, "stream": self.stream.fingerprint, "seed": self.seed, "lanes": self.lanes}
@@ -71,74 +91,97 @@ class _Batches:
                 )
 
 
-class LaneBatches(_Batches):
+class CarriedBatches(Batches):
     """Endless windows in lanes: lane b reads on where it stopped, so the model's state may be carried across windows.
 
-    The stream is a ring of N tokens. `seed` turns it by a random amount; lane b starts at b*N/lanes from there and
-    after N/lanes tokens moves on into the next lane's part, so no token is left out and an epoch (N tokens over all
-    lanes) has no seam. The one seam is the ring's own: the last token's target is the stream's first token, and there
-    the state is reset (document_start is True at position 0 of the stream, as it is at every document-start id).
-
-    lanes counts all ranks together; rank r of W serves lanes [r*lanes/W, (r+1)*lanes/W), the same for any W.
     Raises UserError when lanes or window are below 1, lanes do not divide by world_size, or the stream has fewer than
-    lanes * window tokens.
+    lanes * window tokens. A subclass says what a lane reads, by `_read_lane`.
     """
-
-    kind = "lanes"
 
     def __init__(self, stream: TokenStream, **settings: Any) -> None:
         """Settings as keywords: lanes, window, seed=0, rank=0, world_size=1."""
         super().__init__(stream, **settings)
-        length = len(stream)
-        if length < self.lanes * self.window:
+        if len(stream) < self.lanes * self.window:
             raise UserError(
-                f"the {stream.name} stream has {length} tokens, but {self.lanes} lanes of window {self.window} need "
-                f"{self.lanes * self.window}; lower data.lanes or data.window, or give more text"
+                f"the {stream.name} stream has {len(stream)} tokens, but {self.lanes} lanes of window {self.window} "
+                f"need {self.lanes * self.window}; lower data.lanes or data.window, or give more text"
             )
-        turn = int(_raw(self.seed, 0, 1)[0]) % length
-        self._starts = [(turn + lane * length // self.lanes) % length for lane in range(self.lanes)][self._lane_slice]
         self.position = 0  # tokens each lane has read
+        self._block: tuple[int, np.ndarray, np.ndarray] | None = None
 
     @property
     def epoch(self) -> int:
-        """How many times the whole stream has been read."""
+        """How many times as many tokens as the stream has were read."""
         return self.position * self.lanes // len(self.stream)
 
     def window_at(self, position: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [B, T+1] in the stream's own type and reset marks bool [B, T], once lanes have read `position` tokens."""
-        tokens, span = self.stream.tokens, self.window + 1
-        length = len(tokens)
-        ids = np.empty((len(self._starts), span), dtype=tokens.dtype)
-        seams = []
-        for row, start in enumerate(self._starts):
-            first = (start + position) % length
-            if first + span <= length:
-                ids[row] = tokens[first : first + span]
-            else:
-                ids[row] = np.take(tokens, np.arange(first, first + span), mode="wrap")
-            if first == 0 or first + span > length:
-                seams.append((row, (-first) % length))
-        resets = _document_starts(ids, self.stream)
-        for row, column in seams:
-            resets[row, column::length] = True
-        return ids, resets
+        """Ids and resets [B, T+1] once each lane has read `position` tokens."""
+        # Lanes are read a block of windows at a time: the cost in Python is per lane and document, not per window.
+        if self._block is None or not 0 <= position - self._block[0] <= self._block[1].shape[1] - self.window - 1:
+            self._block = (position, *self._read_block(position))
+        first, ids, resets = self._block
+        columns = slice(position - first, position - first + self.window + 1)
+        return ids[:, columns], resets[:, columns]
 
-    def __next__(self) -> Batch:
-        batch = _batch(*self.window_at(self.position))
+    def next_window(self) -> tuple[np.ndarray, np.ndarray]:
+        window = self.window_at(self.position)
         self.position += self.window
-        return batch
+        return window
 
     def state_dict(self) -> dict[str, Any]:
-        """The position and what it refers to, JSON-able."""
         return {**self._identity(), "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly there. The window and the number of ranks may differ; UserError when anything else does."""
+        """Continue exactly there. Window and number of ranks may differ; UserError when stream, seed or lanes do."""
         self._check_identity(state, self._identity())
         self.position = int(state["position"])
 
+    def _read_block(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        longest = min(BLOCK_TOKENS, len(self.stream) // self.lanes)
+        span = max(1, longest // self.window) * self.window + 1
+        shape = (len(self._rank_lanes), span)
+        ids, resets = np.empty(shape, self.stream.tokens.dtype), np.zeros(shape, dtype=bool)
+        for row, lane in enumerate(self._rank_lanes):
+            seams = self._read_lane(lane, position, ids[row])
+            resets[row, seams] = True
+        if self.stream.document_start_id is not None:
+            resets |= ids == self.stream.document_start_id
+        return ids, resets
 
-class RandomBatches(_Batches):
+    def _read_lane(self, lane: int, position: int, out: np.ndarray) -> list[int]:
+        """Fill `out` with what `lane` reads from its `position` on. Returns where in it the text does not carry on."""
+        raise NotImplementedError
+
+
+class LaneBatches(CarriedBatches):
+    """Lanes through the stream in its own order.
+
+    The stream is a ring of N tokens. `seed` turns it by a random amount; lane b starts at b*N/lanes from there and
+    after N/lanes tokens moves on into the next lane's part, so no token is left out and an epoch (N tokens over all
+    lanes) has no seam. The one seam is the ring's own, at position 0 of the stream: there the state is reset
+    (document_start is True, as it is at every document-start id), and what comes after the stream's last token is
+    no target unless it is a document-start id.
+
+    lanes counts all ranks together; rank r of W serves lanes [r*lanes/W, (r+1)*lanes/W), the same for any W.
+    """
+
+    kind = "lanes"
+
+    def _read_lane(self, lane: int, position: int, out: np.ndarray) -> list[int]:
+        tokens, length = self.stream.tokens, len(self.stream)
+        turn = int(philox(self.seed, 0, 1)[0]) % length
+        at = (turn + lane * length // self.lanes + position) % length
+        seams = list(range((-at) % length, len(out), length))
+        done = 0
+        while done < len(out):
+            run = tokens[at : at + len(out) - done]
+            out[done : done + len(run)] = run
+            done += len(run)
+            at = 0
+        return seams
+
+
+class RandomBatches(Batches):
     """Endless independent windows; those of a step are a pure function of (seed, step): Philox, keyed by the seed.
 
     A window may cross document starts. Each begins with document_start True, since no state precedes it.
@@ -165,22 +208,24 @@ class RandomBatches(_Batches):
         return self.step * self.lanes * self.window // len(self.stream)
 
     def window_at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [B, T+1] in the stream's own type, and reset marks bool [B, T], of a step."""
+        """Ids and resets [B, T+1] of a step."""
         # Raw words, since numpy may change its higher-level draws between versions.
-        unit = (_raw(self.seed, step + 1, self.lanes) >> np.uint64(11)) * 2.0**-53
-        starts = np.minimum((unit * self._choices).astype(np.int64), self._choices - 1)[self._lane_slice]
-        ids = np.stack([self.stream.tokens[start : start + self.window + 1] for start in starts.tolist()])
-        resets = _document_starts(ids, self.stream)
+        unit = (philox(self.seed, step + 1, self.lanes) >> np.uint64(11)) * 2.0**-53
+        starts = np.minimum((unit * self._choices).astype(np.int64), self._choices - 1)
+        ids = np.empty((len(self._rank_lanes), self.window + 1), dtype=self.stream.tokens.dtype)
+        for row, lane in enumerate(self._rank_lanes):
+            ids[row] = self.stream.tokens[starts[lane] : starts[lane] + self.window + 1]
+        start_id = self.stream.document_start_id
+        resets = np.zeros(ids.shape, dtype=bool) if start_id is None else ids == start_id
         resets[:, 0] = True
         return ids, resets
 
-    def __next__(self) -> Batch:
-        batch = _batch(*self.window_at(self.step))
+    def next_window(self) -> tuple[np.ndarray, np.ndarray]:
+        window = self.window_at(self.step)
         self.step += 1
-        return batch
+        return window
 
     def state_dict(self) -> dict[str, Any]:
-        """The step and what it refers to, JSON-able."""
         return {**self._identity(), "window": self.window, "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -189,12 +234,15 @@ class RandomBatches(_Batches):
         self.step = int(state["step"])
 
 
-def make_batches(
-    stream: TokenStream, config: DataConfig, *, seed: int, rank: int = 0, world_size: int = 1
-) -> LaneBatches | RandomBatches:
-    """The batches that `config` asks for (batching, lanes, window) from `stream`."""
-    kind = LaneBatches if config.batching == "lanes" else RandomBatches
-    return kind(stream, lanes=config.lanes, window=config.window, seed=seed, rank=rank, world_size=world_size)
+def expand(ids: torch.Tensor, resets: torch.Tensor, document_start_id: int | None) -> Batch:
+    """A `Batch` from ids [B, T+1] of any integer type and resets bool [B, T+1], on the device they are on.
+
+    Where the text does not carry on, and what follows is no document start, there is nothing to predict: target -100.
+    """
+    ids = ids.to(torch.int64)
+    target_ids = ids[:, 1:]
+    foreign = resets[:, 1:] & (target_ids != (-1 if document_start_id is None else document_start_id))
+    return Batch(ids[:, :-1].contiguous(), target_ids.masked_fill(foreign, IGNORE), resets[:, :-1].contiguous())
 
 
 def validation_batches(
@@ -219,41 +267,24 @@ def validation_batches(
 
 
 def _validation_pass(stream: TokenStream, parts: list[tuple[int, int]], window: int, longest: int) -> Iterator[Batch]:
+    start_id = -1 if stream.document_start_id is None else stream.document_start_id
     for offset in range(0, longest, window):
-        ids = np.zeros((len(parts), window + 1), dtype=np.int64)
-        num_valid = np.zeros((len(parts), 1), dtype=np.int64)
+        inputs = np.zeros((len(parts), window), dtype=np.int64)
+        targets = np.full((len(parts), window), IGNORE, dtype=np.int64)
         resets = np.zeros((len(parts), window), dtype=bool)
         for row, (start, end) in enumerate(parts):
             first = start + offset
             count = min(window, end - first)
             if count > 0:
-                ids[row, : count + 1] = stream.tokens[first : first + count + 1]
-                num_valid[row] = count
-                resets[row, 0] = first == 0
-        resets |= _document_starts(ids, stream)
-        valid = np.arange(window) < num_valid
-        batch = _batch(ids, resets & valid)
-        mask = torch.from_numpy(valid)
-        batch.input_ids.masked_fill_(~mask, 0)
-        batch.target_ids.masked_fill_(~mask, IGNORE)
-        yield batch
+                ids = stream.tokens[first : first + count + 1]
+                inputs[row, :count] = ids[:-1]
+                targets[row, :count] = ids[1:]
+                resets[row, :count] = inputs[row, :count] == start_id
+                resets[row, 0] |= first == 0
+        yield Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(resets))
 
 
-def _batch(ids: np.ndarray, resets: np.ndarray) -> Batch:
-    return Batch(
-        torch.from_numpy(ids[:, :-1].astype(np.int64)),
-        torch.from_numpy(ids[:, 1:].astype(np.int64)),
-        torch.from_numpy(resets),
-    )
-
-
-def _document_starts(ids: np.ndarray, stream: TokenStream) -> np.ndarray:
-    if stream.document_start_id is None:
-        return np.zeros((ids.shape[0], ids.shape[1] - 1), dtype=bool)
-    return ids[:, :-1] == stream.document_start_id
-
-
-def _raw(seed: int, counter: int, count: int) -> np.ndarray:
+def philox(seed: int, counter: int, count: int) -> np.ndarray:
     """`count` raw 64-bit words of Philox4x64. The counter fills the top word, so different counters never overlap."""
     return np.random.Philox(key=seed % 2**64, counter=[0, 0, 0, counter]).random_raw(count)
 
