@@ -208,6 +208,10 @@ def _remove_leftovers(directory: Path) -> None:
     """Delete what killed saves left behind. The run's lock sees to it that no other process is writing here."""
     for path in directory.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in directory.glob("step-*.replaced"):
+        replacement = path.with_suffix("")
+        if replacement in list_checkpoints(directory):
+            _delete(path)
 
 
 def _apply_retention(directory: Path, *, newest: int, keep_last: int | None, keep_best: bool) -> None:

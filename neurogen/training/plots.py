@@ -47,7 +47,7 @@ def _trailing_average(values: Sequence[float], span: float) -> list[float]:
 
 
 def smooth(values: Sequence[float], *, span: float) -> list[float]:
-    """Return a moving average that does not lag: the mean of an exponential average run forwards and one run backwards.
+    """Return a moving average that does not lag: the mean of an exponential one forwards and one backwards.
 
     `span` (positive) is the time constant in points. Values that are not finite are gaps: they come out as NaN and leave
     the average as it was.

@@ -52,5 +52,5 @@ def restore_rng(states: dict[str, Any]) -> list[str]:
             torch.cuda.set_rng_state(cuda_state)
             return []
         return ["cuda"] if cuda_state is not None or torch.cuda.is_available() else []
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise UserError(f"the checkpoint's random number states cannot be restored: {error}") from error
