@@ -329,8 +329,8 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
     try:
         digest = hashlib.sha256(canonical_json(document)).hexdigest()
         document = decode_floats(document)
-    except (ValueError, RecursionError):
-        digest = ""
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not checkpoint metadata; {_REMEDY}") from error
     require(sealed.get("sha256") == digest, "does not match its own hash")
     step, score, files = document.get("step"), document.get("score"), document.get("files")
     require(type(step) is int and step >= 0, "has no valid step")

@@ -165,8 +165,8 @@ _PLOTS: dict[str, tuple[str, Callable[[Axes, Sequence[Row]], bool]]] = {
     "throughput": ("Throughput", _draw_throughput),
     "firing_rates": ("Firing rate of each region", _draw_health("firing_rate", "share of neurons that fire")),
     "silent": ("Silent neurons of each region", _draw_health("silent", "share of neurons that never fire")),
-    "saturated": ("Saturated neurons of each region", _draw_health("saturated", "share of neurons that always fire")),
-    "go_rate": ("Go gate", _draw_health("go_rate", "share of gates that open")),
+    "saturated": ("Saturated neurons of each region", _draw_health("saturated", "share of neurons at their ceiling")),
+    "go_rate": ("Go gate", _draw_health("go_rate", "mean opening of the gates")),
 }
 
 
