@@ -1,0 +1,21 @@
+"""Decode: hidden states and targets to loss and accuracy."""
+
+from torch import Tensor
+
+from kernels.backend import check_backend
+from kernels.decode.reference import IGNORE_INDEX, DecodeOutput, decode_reference
+
+__all__ = ["IGNORE_INDEX", "DecodeOutput", "decode"]
+
+
+def decode(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    backend: str = "reference",
+) -> DecodeOutput:
+    """Loss and accuracy of a linear decoder; see `decode_reference` for shapes and formula."""
+    check_backend(backend)
+    return decode_reference(hidden, weight, target_ids, ignore_index=ignore_index)

@@ -1,0 +1,14 @@
+"""Gated norm: a circuit's activity, normalised by column or head and gated."""
+
+from torch import Tensor
+
+from kernels.backend import check_backend
+from kernels.gated_norm.reference import gated_norm_reference
+
+__all__ = ["gated_norm"]
+
+
+def gated_norm(x: Tensor, gate: Tensor, *, group_size: int, eps: float = 1e-6, backend: str = "reference") -> Tensor:
+    """Normalise x by group and gate it; see `gated_norm_reference` for shapes and formula."""
+    check_backend(backend)
+    return gated_norm_reference(x, gate, group_size=group_size, eps=eps)

@@ -1,0 +1,23 @@
+"""Per-group RMS normalisation times a SiLU gate: how every circuit hands its activity on, in plain torch."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.precision import accumulation_dtype, rms_normalize
+
+
+def gated_norm_reference(x: Tensor, gate: Tensor, *, group_size: int, eps: float = 1e-6) -> Tensor:
+    """y = rms_per_group(x) * silu(gate).
+
+    Arguments:
+        x: `[..., D]`, normalised in groups of `group_size` neighbouring channels (a column, or a head).
+        gate: `[..., D]`, before its activation.
+        group_size: divides D.
+        eps: added to the mean square.
+
+    Returns:
+        y `[..., D]` in x's type.
+    """
+    dtype = accumulation_dtype(x, gate)
+    normed = rms_normalize(x.to(dtype).unflatten(-1, (-1, group_size)), eps).flatten(-2)
+    return (normed * F.silu(gate.to(dtype))).to(x.dtype)

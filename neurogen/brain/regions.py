@@ -1,0 +1,216 @@
+"""The regions' layers: `x += circuit(rms(x)); x += mlp(rms(x))`, with one circuit for cortex and one for memory.
+
+Shape letters: B lanes, T tokens, D workspace width, C neurons a column, K columns, H heads, N head width.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.cortex import CortexState, cortex
+from kernels.gated_norm import gated_norm
+from kernels.memory import memory
+from kernels.precision import no_autocast
+from kernels.relay import relay
+from neurogen.brain.config import NUM_TAPS, BrainConfig
+from neurogen.brain.state import MemoryState
+
+TIME_CONSTANTS = (1.5, 200.0)  # tokens
+INITIAL_DRIVE = 0.5
+LATERAL_SCALE = 0.5
+INITIAL_GO_BIAS = 2.0
+HALF_LIVES = {"hippocampus": (5.0, 300.0), "pfc": (300.0, 10_000.0)}  # tokens
+
+
+class Activity(NamedTuple):
+    """How often each neuron of a cortex layer fired and was saturated, `[D]` int32, among this many lane-tokens."""
+
+    num_fired: Tensor
+    num_saturated: Tensor
+    num_tokens: int
+
+
+def rms(x: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def full_precision_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A small projection kept out of autocast, for quantities whose rounding would be felt over thousands of tokens."""
+    with no_autocast(x):
+        return layer(x.to(layer.weight.dtype))
+
+
+class Thalamus(nn.Module):
+    """Relay of normalised embeddings through four causal taps a channel; a negative second tap passes what is new."""
+
+    def __init__(self, config: BrainConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.taps = nn.Parameter(torch.zeros(NUM_TAPS, config.embedding_dim))
+        with torch.no_grad():
+            self.taps[0] = 1.0
+
+    def forward(
+        self, input_ids: Tensor, embedding: Tensor, recent_ids: Tensor, document_start: Tensor | None, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        """Ids `[B, T]` to the workspace `[B, T, D]` and the ids to carry on."""
+        return relay(input_ids, embedding, self.taps, recent_ids, document_start, eps=self.eps, backend=backend)
+
+
+class SwiGLU(nn.Module):
+    """W_out (silu(g) * u) with [g, u] = W_in h (Shazeer 2020)."""
+
+    def __init__(self, config: BrainConfig) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(config.embedding_dim, 2 * config.mlp_width, bias=False)
+        self.out_proj = zero_linear(config.mlp_width, config.embedding_dim)
+
+    def forward(self, h: Tensor) -> Tensor:
+        gate, value = self.in_proj(h).chunk(2, dim=-1)
+        return self.out_proj(F.silu(gate) * value)
+
+
+def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A projection that starts at zero, so that a new layer is the identity."""
+    layer = nn.Linear(in_features, out_features, bias=False)
+    nn.init.zeros_(layer.weight)
+    return layer
+
+
+class CortexLayer(nn.Module):
+    """Spiking hyper-columns (Wernicke's and Broca's areas)."""
+
+    def __init__(self, config: BrainConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, num_columns, column_width = config.embedding_dim, config.num_columns, config.column_width
+        self.in_proj = nn.Linear(width, 2 * width, bias=False)  # drive, then gate
+        self.drive_bias = nn.Parameter(torch.full((width,), INITIAL_DRIVE))
+        lateral = torch.randn(num_columns, column_width, column_width) * (LATERAL_SCALE / math.sqrt(column_width))
+        if config.lateral:
+            self.lateral_weight = nn.Parameter(lateral)
+        else:
+            self.register_buffer("lateral_weight", torch.zeros_like(lateral), persistent=False)
+        self.decay_logit = nn.Parameter(_decay_logits(width)[torch.randperm(width)])
+        self.out_proj = zero_linear(width, width)
+        self.mlp = SwiGLU(config)
+
+    def init_state(self, lanes: int) -> CortexState:
+        shape = (lanes, self.config.embedding_dim)
+        dtype = torch.promote_types(self.decay_logit.dtype, torch.float32)
+        return CortexState(*(torch.zeros(shape, dtype=dtype, device=self.decay_logit.device) for _ in range(3)))
+
+    def forward(
+        self, x: Tensor, state: CortexState, document_start: Tensor | None, go: Tensor | None, backend: str
+    ) -> tuple[Tensor, CortexState, Activity]:
+        """One layer over a sequence.
+
+        Arguments:
+            x: the workspace, `[B, T, D]`.
+            state: before the first token.
+            document_start: `[B, T]` bool or None.
+            go: `[B, T, K]`, what the basal ganglia let each column write, or None for all.
+            backend: which kernels run.
+        """
+        config = self.config
+        drive, gate = self.in_proj(rms(x, config.norm_eps)).chunk(2, dim=-1)
+        out = cortex(
+            drive + self.drive_bias.to(drive.dtype),
+            self.lateral_weight,
+            torch.sigmoid(self.decay_logit),
+            state,
+            document_start,
+            spike_kind=config.spike,
+            threshold=config.threshold,
+            adaptation_strength=config.adaptation_strength,
+            adaptation_decay=config.adaptation_decay,
+            backend=backend,
+        )
+        y = gated_norm(out.spikes, gate, group_size=config.column_width, eps=config.norm_eps, backend=backend)
+        if go is not None:
+            y = (y.unflatten(-1, (config.num_columns, -1)) * go.to(y.dtype).unsqueeze(-1)).flatten(-2)
+        x = x + self.out_proj(y)
+        x = x + self.mlp(rms(x, config.norm_eps))
+        return x, out.state, Activity(out.num_fired, out.num_saturated, x.shape[0] * x.shape[1])
+
+
+def _decay_logits(width: int) -> Tensor:
+    """logit(exp(-1/tau)), tau spread log-uniformly over TIME_CONSTANTS."""
+    shortest, longest = (math.log(tau) for tau in TIME_CONSTANTS)
+    return torch.logit(torch.exp(-1.0 / torch.linspace(shortest, longest, width, dtype=torch.float64).exp())).float()
+
+
+class MemoryLayer(nn.Module):
+    """Fast weights that experience writes (hippocampus and prefrontal cortex)."""
+
+    def __init__(self, config: BrainConfig, half_lives: tuple[float, float]) -> None:
+        super().__init__()
+        self.config = config
+        width, num_heads = config.embedding_dim, config.num_heads
+        self.in_proj = nn.Linear(width, 4 * width, bias=False)  # query, key, value, gate
+        self.forget = nn.Linear(width, num_heads)
+        nn.init.zeros_(self.forget.weight)
+        with torch.no_grad():
+            self.forget.bias.copy_(_forget_logits(num_heads, half_lives))
+        self.write = nn.Linear(width, num_heads) if config.memory_rule == "delta" else None
+        if self.write is not None:
+            nn.init.zeros_(self.write.bias)
+        self.out_proj = zero_linear(width, width)
+        self.mlp = SwiGLU(config)
+
+    def init_state(self, lanes: int) -> MemoryState:
+        config = self.config
+        shape = (lanes, config.num_heads, config.head_width, config.head_width)
+        dtype = torch.promote_types(self.forget.weight.dtype, torch.float32)
+        return MemoryState(torch.zeros(shape, dtype=dtype, device=self.forget.weight.device))
+
+    def forward(
+        self, x: Tensor, state: MemoryState, document_start: Tensor | None, backend: str
+    ) -> tuple[Tensor, MemoryState]:
+        """One layer over a sequence; x `[B, T, D]`, `document_start` `[B, T]` bool or None."""
+        config = self.config
+        h = rms(x, config.norm_eps)
+        query, key, value, gate = self.in_proj(h).chunk(4, dim=-1)
+        query, key, value = (z.unflatten(-1, (config.num_heads, -1)) for z in (query, key, value))
+        read, fast_weight = memory(
+            query,
+            key,
+            value,
+            full_precision_linear(self.forget, h),
+            None if self.write is None else full_precision_linear(self.write, h),
+            state.fast_weight,
+            document_start,
+            rule=config.memory_rule,
+            chunk_size=config.chunk_size,
+            eps=config.norm_eps,
+            backend=backend,
+        )
+        y = gated_norm(read.flatten(-2), gate, group_size=config.head_width, eps=config.norm_eps, backend=backend)
+        x = x + self.out_proj(y)
+        x = x + self.mlp(rms(x, config.norm_eps))
+        return x, MemoryState(fast_weight)
+
+
+def _forget_logits(num_heads: int, half_lives: tuple[float, float]) -> Tensor:
+    """logit(2^(-1/h)), half-life h spread log-uniformly over the heads."""
+    shortest, longest = (math.log(h) for h in half_lives)
+    lives = torch.linspace(shortest, longest, num_heads, dtype=torch.float64).exp()
+    return torch.logit(torch.exp2(-1.0 / lives)).float()
+
+
+class BasalGanglia(nn.Module):
+    """Go / No-Go: how much of each Broca column's activity reaches the workspace."""
+
+    def __init__(self, config: BrainConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.go = nn.Linear(config.embedding_dim, config.num_columns)
+        nn.init.zeros_(self.go.weight)
+        nn.init.constant_(self.go.bias, INITIAL_GO_BIAS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The workspace `[B, T, D]` to gates `[B, T, K]` in (0, 1)."""
+        return torch.sigmoid(full_precision_linear(self.go, rms(x, self.eps)))

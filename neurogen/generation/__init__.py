@@ -1,0 +1,5 @@
+"""Generation: a prompt to the tokens that follow it."""
+
+from neurogen.generation.loop import Generation, generate
+
+__all__ = ["Generation", "generate"]
