@@ -49,8 +49,8 @@ def _trailing_average(values: Sequence[float], span: float) -> list[float]:
 def smooth(values: Sequence[float], *, span: float) -> list[float]:
     """Return a moving average that does not lag: the mean of an exponential one forwards and one backwards.
 
-    `span` (positive) is the time constant in points. Values that are not finite are gaps: they come out as NaN and leave
-    the average as it was.
+    `span` (positive) is the time constant in points. Values that are not finite are gaps: they come out as NaN and
+    leave the average as it was.
     """
     forwards = _trailing_average(values, span)
     backwards = _trailing_average(values[::-1], span)[::-1]

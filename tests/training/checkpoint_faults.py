@@ -1,6 +1,6 @@
 """A program the crash tests run: it saves checkpoints and dies, or meets a full disk, where it is told to.
 
-    python checkpoint_faults.py stages FOLDER     kill a child (SIGKILL) at every stage of saving; print a JSON line a case
+    python checkpoint_faults.py stages FOLDER     kill a child (SIGKILL) at each stage of saving; a JSON line a case
     python checkpoint_faults.py moments FOLDER N  kill N saving children after a random time each; the same
     python checkpoint_faults.py limit FOLDER      save into a file size limit; print a JSON line
 

@@ -72,12 +72,14 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", 5)
+    run = tmp_path / "run"
+    with RunDirectory.create(run, config={}) as created, MetricsWriter(created.metrics_path) as writer:
+        writer.write({"val/bpb": 2.0}, step=1, tokens=1, seconds=1)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MPLBACKEND": "TkAgg"}
     command = [sys.executable, "-m", "neurogen.training.plots"]
     done = subprocess.run([*command, str(run)], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
-    assert str(run / "plots" / "loss.png") in done.stdout.splitlines()
+    assert done.stdout.splitlines() == [str(run / "plots" / "bits_per_byte.png")]
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
