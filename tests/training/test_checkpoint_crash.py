@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +20,13 @@ from neurogen.training.checkpoint import CheckpointNotSaved, find_latest, list_c
 PROGRAM = Path(checkpoint_faults.__file__)
 
 
-def run(*arguments: object) -> list[dict]:
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def run(*arguments: object, wrapper: tuple[str, ...] = ()) -> list[dict]:
     """Run the program that dies, or not, as told; return what it reports."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    command = [*wrapper, sys.executable, str(PROGRAM), *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -85,6 +89,23 @@ def test_a_real_write_error_leaves_the_last_good_checkpoint(tmp_path: Path) -> N
     assert "step 2 not saved" in report["error"]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert_whole(tmp_path, step=1)
+
+
+def in_a_small_file_system(folder: Path) -> tuple[str, ...]:
+    """A command prefix that runs a program with a 2 MiB file system of its own mounted on a folder."""
+    mount = f"mount -t tmpfs -o size=2m none {shlex.quote(str(folder))}"
+    wrapper = ("unshare", "--map-root-user", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh")
+    if shutil.which("unshare") is None or subprocess.run([*wrapper, "true"], capture_output=True).returncode:
+        pytest.skip("no permission to mount a file system")
+    return wrapper
+
+
+def test_a_file_system_that_is_really_full(tmp_path: Path) -> None:
+    (report,) = run("fill", tmp_path, wrapper=in_a_small_file_system(tmp_path))
+    assert report["errno"] == errno.ENOSPC
+    assert report["newest"] == report["failed"] - 1 >= 2
+    assert report["weight"] == [float(report["newest"])]
+    assert report["names"] == [f"step-{step:08d}" for step in range(1, report["failed"])]
 
 
 @pytest.mark.parametrize(
