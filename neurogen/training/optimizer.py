@@ -38,7 +38,7 @@ def parameter_role(name: str, param: Tensor) -> str:
 
 
 def num_stacked(name: str) -> int:
-    """How many matrices a parameter holds one above the other: drive and gate; query, key, value and gate; gate and value."""
+    """How many matrices a parameter holds one above the other, such as query, key, value and gate."""
     parts = name.split(".")
     if parts[-2:] != ["in_proj", "weight"]:
         return 1
@@ -109,9 +109,7 @@ class ModelOptimizer:
         for full, tensor in tensors.items():
             name, _, key = full.rpartition("/")
             if name not in params:
-                raise UserError(
-                    f"the checkpoint's optimiser state has {full}, which this model does not; keep model.*"
-                )
+                raise UserError(f"the checkpoint's optimiser state has {full}, which this model does not; keep model.*")
             param = params[name]
             optimizer = owner[param]
             expected = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}

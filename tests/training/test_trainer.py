@@ -13,12 +13,13 @@ import torch
 from neurogen.config.compose import compose_config
 from neurogen.config.schema import Config
 from neurogen.errors import UserError
-from neurogen.training.checkpoint import list_checkpoints, load_checkpoint
+from neurogen.training.checkpoint import find_latest, list_checkpoints, load_checkpoint
 from neurogen.training.metrics import read_metrics
 from neurogen.training.run import train
 from neurogen.training.trained import load_trained
 
-QUICK = ["trainer.checkpoint_every=0", "trainer.sample_prompts=['']", "trainer.sample_tokens=2", "trainer.evaluate_tokens=64"]
+QUICK = ["trainer.checkpoint_every=0", "trainer.evaluate_tokens=64"]
+QUICK += ["trainer.sample_prompts=['']", "trainer.sample_tokens=2"]
 TIMINGS = ("seconds", "throughput/tokens_per_second", "memory/peak_bytes")
 
 
@@ -29,7 +30,7 @@ def plots() -> bool:
 
 @pytest.fixture
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plots: bool) -> Path:
-    """A small corpus, with the run's cache and runs/ beside it. Plots take longer than these runs: one test draws them."""
+    """A small corpus, with the run's cache beside it. Plots take longer than these runs: one test draws them."""
     if not plots:
         monkeypatch.setattr("neurogen.training.recorder.plot_run", lambda path: [])
     monkeypatch.chdir(tmp_path)
@@ -58,7 +59,8 @@ def test_a_run_leaves_everything(text: Path, capsys: pytest.CaptureFixture[str])
     assert all({"step", "tokens", "seconds", "train/loss", "train/grad_norm"} <= row.keys() for row in rows)
     assert [row["tokens"] for row in rows] == [64 * step for step in range(1, 9)]
     last = rows[-1]
-    wanted = {f"{prefix}/{name}" for prefix in ("val", "val_reset") for name in ("loss", "bpb", "perplexity", "accuracy")}
+    measures = ("loss", "bpb", "perplexity", "accuracy")
+    wanted = {f"{prefix}/{name}" for prefix in ("val", "val_reset") for name in measures}
     wanted |= {"throughput/tokens_per_second", "memory/peak_bytes", "train/learning_rate", "train/skipped_steps"}
     wanted |= {"health/wernicke/firing_rate", "health/broca/firing_rate"}
     assert wanted <= last.keys()
@@ -211,11 +213,17 @@ def test_a_trained_model_loads_and_a_foreign_vocabulary_does_not(text: Path) -> 
     saved = load_checkpoint("a").model_tensors.load()
     for name, tensor in trained.model.state_dict().items():
         assert torch.equal(tensor, saved[name]), name
+    description = find_latest(Path("a/checkpoints")) / "checkpoint.json"  # type: ignore[operator]
+    fingerprint = trained.tokenizer.fingerprint
+    assert fingerprint in description.read_text()
+    description.write_text(description.read_text().replace(fingerprint, "0" * 64))
+    with pytest.raises(UserError, match=r"its tokenizer \(257 ids\) is not the one its weights were trained with"):
+        load_trained("a", mode="auto", device="cpu", dtype="auto")
 
 
 @pytest.mark.slow
 def test_a_float64_run_and_a_bfloat16_run(text: Path) -> None:
     for dtype in ("float64", "bfloat16"):
         train(configure(f"run_dir={dtype}", f"trainer.dtype={dtype}", "trainer.max_steps=3"))
-    kinds = {name: load_checkpoint(name).model_tensors.load()["decoder.weight"].dtype for name in ("float64", "bfloat16")}
-    assert kinds == {"float64": torch.float64, "bfloat16": torch.float32}
+    for dtype, kept in (("float64", torch.float64), ("bfloat16", torch.float32)):
+        assert load_checkpoint(dtype).model_tensors.load()["decoder.weight"].dtype == kept
