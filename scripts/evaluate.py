@@ -3,8 +3,8 @@
     python scripts/evaluate.py checkpoint=runs/20260101-120000-ab12               # on the data it was trained with
     python scripts/evaluate.py checkpoint=runs/... data=text data.path=book.txt max_tokens=100000
 
-loss is in nats a token, bpb in bits a byte of text; `reset_...` gives every window a new state, so the gap to the values
-without it is what memory across windows is worth.
+loss is in nats a token, bpb in bits a byte of text; `reset_...` gives every window a new state, so the gap to the
+values without it is what memory across windows is worth.
 """
 
 import json

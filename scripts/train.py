@@ -7,8 +7,8 @@
     python scripts/train.py run_dir=runs/mine resume=auto     # start, or go on if it was started before
 
 Groups and their choices are the folders and files of conf/; every key can be set as group.key=value. A run directory
-below runs/ gets the resolved configuration, metrics.jsonl, samples, plots, checkpoints and status.json. Ctrl-C saves and
-says where (exit code 130), SIGTERM too (143).
+below runs/ gets the resolved configuration, metrics.jsonl, samples, plots, checkpoints and status.json. Ctrl-C saves
+and says where (exit code 130), SIGTERM too (143).
 """
 
 import sys

@@ -71,7 +71,7 @@ def build_config(
         assert isinstance(values, dict)
         config = _build_fields({str(key): value for key, value in values.items()} | dict(verbatim or {}), root)
     except CONFIG_ERRORS as error:
-        raise UserError(explain(error)) from error
+        raise UserError(explain(error, root)) from error
     if isinstance(config, Config):
         check_config(config)
     return config
@@ -86,7 +86,7 @@ def _build_fields(values: dict[str, Any], root: type[C]) -> C:
     names = [field.name for field in dataclasses.fields(root)]  # type: ignore[arg-type]
     for key in values:
         if key not in names:
-            raise UserError(_unknown_key(key))
+            raise UserError(_unknown_key(key, root))
     built: dict[str, Any] = {
         name: _build_group(name, values[name]) for name in names if name in GROUPS and values.get(name)
     }
@@ -153,7 +153,7 @@ def group_choices(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
 
 
-def explain(error: Exception) -> str:
+def explain(error: Exception, root: type[Any] = Config) -> str:
     """One line for a Hydra or OmegaConf error: the key, what is wrong with it, what to do."""
     if isinstance(error, MissingConfigException):
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
@@ -166,14 +166,14 @@ def explain(error: Exception) -> str:
     key = getattr(cause, "full_key", None) or ""
     unknown = re.search(r"Could not (?:override|delete from config\.|append to config\.) *'?([\w.@/]+)'", str(error))
     if unknown and "already" not in str(error):
-        return _unknown_key(unknown.group(1))
+        return _unknown_key(unknown.group(1), root)
     if isinstance(cause, MissingMandatoryValue):
         name = re.search(r"[Mm]issing mandatory value: *([\w.]+)", str(cause))
         key = key or (name.group(1) if name else "")
         return f"{key}: missing; give {key}=VALUE"
     first = str(cause).splitlines()[0].rstrip(".") if str(cause) else type(cause).__name__
     if isinstance(cause, ConfigKeyError) and key:
-        return _unknown_key(key)
+        return _unknown_key(key, root)
     if isinstance(cause, (ValidationError, InterpolationKeyError, UnsupportedInterpolationType)) and key:
         return f"{key}: {first[:1].lower()}{first[1:]}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("See http")]
@@ -191,15 +191,17 @@ def explain_empty_group(error: ValueError, overrides: Sequence[str]) -> str:
     return " ".join(str(error).split())
 
 
-def _unknown_key(key: str) -> str:
+def _unknown_key(key: str, root: type[Any]) -> str:
     """Name an unknown key and the nearest known one."""
     group, _, leaf = key.rpartition(".")
     known: list[str] = []
     if not group:
-        known = [field.name for field in dataclasses.fields(Config)] + ["experiment"]
+        known = [field.name for field in dataclasses.fields(root)] + (["experiment"] if root is Config else [])
     elif group in GROUPS:
         schemas = GROUPS[group] if isinstance(GROUPS[group], dict) else {"": GROUPS[group]}
         known = sorted({field.name for schema in schemas.values() for field in dataclasses.fields(schema)})
+        if leaf in known and not isinstance(GROUPS[group], dict):
+            return f"{key}: no {group} is chosen; choose one first: {group}={' or '.join(group_choices(group))}"
         if leaf in known:
             owners = [name for name, schema in schemas.items() if leaf in {f.name for f in dataclasses.fields(schema)}]
             return f"{key}: the chosen {group} has no such key; it belongs to {group}={' or '.join(owners)}"

@@ -54,7 +54,7 @@ def run_script(
     try:
         hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base="1.3")(guarded)()
     except CONFIG_ERRORS as error:
-        outcome.append(UserError(explain(error)))
+        outcome.append(UserError(explain(error, root)))
     except ValueError as error:
         outcome.append(UserError(explain_empty_group(error, words)))
     finally:

@@ -48,7 +48,8 @@ class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum for matrices [..., M, N] (see the module for why torch's own does not fit).
 
     m = momentum m + (1 - momentum) g; the update is orthogonalize(m, or g (1 - momentum) + momentum m with Nesterov)
-    times 0.2 sqrt(max(M, N)); weight decay is decoupled. Setting `found_inf` to a 0-d tensor that is 1 leaves
+    times 0.2 sqrt(max(M, N)); weight decay is decoupled. A group's
+    `num_stacked` says that its parameters hold that many matrices one above the other, each orthogonalised alone. Setting `found_inf` to a 0-d tensor that is 1 leaves
     parameters and momentum as they are, without the host looking at it (the convention of torch's fused optimisers).
     """
 
@@ -72,6 +73,7 @@ class Muon(torch.optim.Optimizer):
                 "momentum": momentum,
                 "nesterov": nesterov,
                 "num_iterations": num_iterations,
+                "num_stacked": 1,
             },
         )
         for group in self.param_groups:
@@ -93,8 +95,9 @@ class Muon(torch.optim.Optimizer):
         old: Tensor = state["momentum_buffer"]
         new = old.lerp(grad, 1.0 - group["momentum"])
         direction = grad.lerp(new, group["momentum"]) if group["nesterov"] else new
-        update = orthogonalize(direction, num_iterations=group["num_iterations"])
-        scale = ADAMW_UPDATE_RMS * math.sqrt(max(param.shape[-2:]))
+        matrices = direction.unflatten(-2, (group["num_stacked"], -1))
+        update = orthogonalize(matrices, num_iterations=group["num_iterations"]).flatten(-3, -2)
+        scale = ADAMW_UPDATE_RMS * math.sqrt(max(matrices.shape[-2:]))
         moved = param * (1.0 - group["lr"] * group["weight_decay"]) - update * (group["lr"] * scale)
         if self.found_inf is not None:
             skip = self.found_inf.bool()

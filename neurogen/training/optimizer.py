@@ -18,19 +18,32 @@ from neurogen.training.muon import Muon
 if TYPE_CHECKING:
     from neurogen.config.schema import AdamWConfig, MuonConfig
 
-HIDDEN, DECODER, OTHER = "hidden", "decoder", "other"
+HIDDEN, GATE, DECODER, OTHER = "hidden", "gate", "decoder", "other"
+GATES = ("forget", "write", "go")
 
 
 def parameter_role(name: str, param: Tensor) -> str:
     """What a parameter is to an optimiser.
 
-    hidden: a matrix inside a region (lateral weights are batches of matrices); decoder: the matrix to the vocabulary;
-    other: embedding, relay gains, biases, time constants and every other vector.
+    hidden: a matrix inside a region (lateral weights are batches of matrices); gate: the few rows that read a number a
+    head or a column off the workspace; decoder: the matrix to the vocabulary; other: embedding, relay gains, biases,
+    time constants and every other vector. All but `other` are decayed.
     """
-    top = name.split(".")[0]
-    if param.ndim < 2 or top in ("embedding", "thalamus"):
+    parts = name.split(".")
+    if param.ndim < 2 or parts[0] == "embedding" or parts[-1] == "taps":
         return OTHER
-    return DECODER if top == "decoder" else HIDDEN
+    if parts[0] == "decoder":
+        return DECODER
+    return GATE if len(parts) > 1 and parts[-2] in GATES else HIDDEN
+
+
+def num_stacked(name: str) -> int:
+    """How many matrices a parameter holds one above the other: drive and gate; query, key, value and gate; gate and value."""
+    parts = name.split(".")
+    if parts[-2:] != ["in_proj", "weight"]:
+        return 1
+    in_memory = parts[1] in ("hippocampus", "pfc") and "mlp" not in parts
+    return 4 if in_memory else 2
 
 
 class ModelOptimizer:
@@ -116,14 +129,18 @@ class ModelOptimizer:
 
 def build_optimizer(model: nn.Module, config: AdamWConfig | MuonConfig) -> ModelOptimizer:
     """The optimiser `config` names, over all parameters of `model`."""
-    by_role: dict[str, list[nn.Parameter]] = {HIDDEN: [], DECODER: [], OTHER: []}
-    for name, param in model.named_parameters():
-        by_role[parameter_role(name, param)].append(param)
+    named = list(model.named_parameters())
+    role = {param: parameter_role(name, param) for name, param in named}
+    kept = [param for _, param in named if role[param] == OTHER]
     if config.name == "adamw":
-        return ModelOptimizer(model, [_adamw(by_role[HIDDEN] + by_role[DECODER], by_role[OTHER], config, config.lr)])
+        return ModelOptimizer(model, [_adamw([p for _, p in named if role[p] != OTHER], kept, config, config.lr)])
     assert config.name == "muon", config.name
+    hidden = [(name, param) for name, param in named if role[param] == HIDDEN]
     muon = Muon(
-        by_role[HIDDEN],
+        [
+            {"params": [param for name, param in hidden if num_stacked(name) == count], "num_stacked": count}
+            for count in sorted({num_stacked(name) for name, _ in hidden})
+        ],
         config.lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,  # type: ignore[union-attr]
@@ -131,8 +148,8 @@ def build_optimizer(model: nn.Module, config: AdamWConfig | MuonConfig) -> Model
         num_iterations=config.num_iterations,  # type: ignore[union-attr]
     )
     rate: float | None = config.lr_rest  # type: ignore[union-attr]
-    rest = _adamw(by_role[DECODER], by_role[OTHER], config, config.lr if rate is None else rate)
-    return ModelOptimizer(model, [muon, rest])
+    decayed = [param for _, param in named if role[param] in (GATE, DECODER)]
+    return ModelOptimizer(model, [muon, _adamw(decayed, kept, config, config.lr if rate is None else rate)])
 
 
 def _adamw(
