@@ -49,8 +49,8 @@ def _trailing_average(values: Sequence[float], span: float) -> list[float]:
 def smooth(values: Sequence[float], *, span: float) -> list[float]:
     """Return a moving average that does not lag: the mean of an exponential one forwards and one backwards.
 
-    `span` (positive) is the time constant in points. Values that are not finite are gaps: they come out as NaN and leave
-    the average as it was.
+    `span` (positive) is the time constant in points. Values that are not finite are gaps: they come out as NaN and
+    leave the average as it was.
     """
     forwards = _trailing_average(values, span)
     backwards = _trailing_average(values[::-1], span)[::-1]
@@ -165,8 +165,8 @@ _PLOTS: dict[str, tuple[str, Callable[[Axes, Sequence[Row]], bool]]] = {
     "throughput": ("Throughput", _draw_throughput),
     "firing_rates": ("Firing rate of each region", _draw_health("firing_rate", "share of neurons that fire")),
     "silent": ("Silent neurons of each region", _draw_health("silent", "share of neurons that never fire")),
-    "saturated": ("Saturated neurons of each region", _draw_health("saturated", "share of neurons that always fire")),
-    "go_rate": ("Go gate", _draw_health("go_rate", "share of gates that open")),
+    "saturated": ("Saturated neurons of each region", _draw_health("saturated", "share of neurons at their ceiling")),
+    "go_rate": ("Go gate", _draw_health("go_rate", "mean opening of the gates")),
 }
 
 

@@ -22,7 +22,14 @@ from yaml import YAMLError
 
 from neurogen.errors import UserError
 from neurogen.training.checkpoint import list_checkpoints
-from neurogen.training.files import canonical_json, encode_floats, fsync_directory, read_json, write_atomically
+from neurogen.training.files import (
+    canonical_json,
+    decode_floats,
+    encode_floats,
+    fsync_directory,
+    read_json,
+    write_atomically,
+)
 from neurogen.training.lock import RunLock, is_locked
 
 STATES = ("running", "finished", "interrupted", "failed")
@@ -129,7 +136,7 @@ class RunDirectory:
 
     def read_status(self) -> dict[str, Any]:
         """Return status.json. Raises UserError when it cannot be read."""
-        return read_json(self.status_path, remedy="resume the run to write it anew")
+        return decode_floats(read_json(self.status_path, remedy="resume the run to write it anew"))
 
     def write_sample(self, step: int, text: str) -> Path:
         """Write generated text to samples/step-<step>.txt (UTF-8; lone surrogates are replaced) and return its path."""

@@ -1,8 +1,9 @@
 """A program the crash tests run: it saves checkpoints and dies, or meets a full disk, where it is told to.
 
-    python checkpoint_faults.py stages FOLDER     kill a child (SIGKILL) at every stage of saving; print a JSON line a case
-    python checkpoint_faults.py moments FOLDER N  kill N children that save for ever, each after a random time; the same
+    python checkpoint_faults.py stages FOLDER     kill a child (SIGKILL) at each stage of saving; a JSON line a case
+    python checkpoint_faults.py moments FOLDER N  kill N saving children after a random time each; the same
     python checkpoint_faults.py limit FOLDER      save into a file size limit; print a JSON line
+    python checkpoint_faults.py fill FOLDER       save until the disk is full; print a JSON line
 
 The children are forked from a process that has one thread and torch imported: a case costs milliseconds, not seconds.
 """
@@ -105,6 +106,21 @@ def save_into_a_limit(folder: Path) -> None:
         print(json.dumps({"error": str(error), "errno": error.errno}))
 
 
+def save_until_full(folder: Path) -> None:
+    """For a small file system of the test's own: every checkpoint is kept until there is no room for one more."""
+    for step in itertools.count(1):
+        tensors = {"weight": torch.full((100_000,), float(step))}
+        try:
+            save_checkpoint(folder, step=step, model_tensors=tensors, keep_last=None)
+        except CheckpointNotSaved as error:
+            newest = checkpoint.load_checkpoint(folder)
+            report = {"errno": error.errno, "failed": step, "newest": newest.step}
+            report["weight"] = newest.model_tensors["weight"].unique().tolist()
+            report["names"] = sorted(path.name for path in folder.iterdir())
+            print(json.dumps(report))
+            return
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     command, root = sys.argv[1], Path(sys.argv[2])
@@ -112,5 +128,7 @@ if __name__ == "__main__":
         kill_at_every_stage(root)
     elif command == "moments":
         kill_at_random_moments(root, int(sys.argv[3]))
+    elif command == "fill":
+        save_until_full(root)
     else:
         save_into_a_limit(root)

@@ -3,26 +3,30 @@
 import errno
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import checkpoint_faults
 import pytest
 import torch
 
-import checkpoint_faults
 from neurogen.training import checkpoint
 from neurogen.training.checkpoint import CheckpointNotSaved, find_latest, list_checkpoints, load_checkpoint
 
 PROGRAM = Path(checkpoint_faults.__file__)
 
 
-def run(*arguments: object) -> list[dict]:
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def run(*arguments: object, wrapper: tuple[str, ...] = ()) -> list[dict]:
     """Run the program that dies, or not, as told; return what it reports."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    command = [*wrapper, sys.executable, str(PROGRAM), *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -69,7 +73,7 @@ def test_saving_goes_on_after_every_kill_and_sweeps_up(killed: list[dict]) -> No
         assert len(list_checkpoints(folder)) == checkpoint_faults.KEEP_LAST
 
 
-@pytest.mark.parametrize("num_kills", [25, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kills", [12, pytest.param(500, marks=pytest.mark.slow)])
 def test_kill_at_random_moments_loses_nothing_that_was_saved(tmp_path: Path, num_kills: int) -> None:
     cases = run("moments", tmp_path, num_kills)
     assert len(cases) == num_kills
@@ -87,10 +91,27 @@ def test_a_real_write_error_leaves_the_last_good_checkpoint(tmp_path: Path) -> N
     assert_whole(tmp_path, step=1)
 
 
-@pytest.mark.parametrize("stage", ["begun", "model.safetensors", "state.safetensors", "tokenizer", "metadata", "synced"])
-def test_full_disk_at_each_stage_is_a_named_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
-) -> None:
+def in_a_small_file_system(folder: Path) -> tuple[str, ...]:
+    """A command prefix that runs a program with a 2 MiB file system of its own mounted on a folder."""
+    mount = f"mount -t tmpfs -o size=2m none {shlex.quote(str(folder))}"
+    wrapper = ("unshare", "--map-root-user", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh")
+    if shutil.which("unshare") is None or subprocess.run([*wrapper, "true"], capture_output=True).returncode:
+        pytest.skip("no permission to mount a file system")
+    return wrapper
+
+
+def test_a_file_system_that_is_really_full(tmp_path: Path) -> None:
+    (report,) = run("fill", tmp_path, wrapper=in_a_small_file_system(tmp_path))
+    assert report["errno"] == errno.ENOSPC
+    assert report["newest"] == report["failed"] - 1 >= 2
+    assert report["weight"] == [float(report["newest"])]
+    assert report["names"] == [f"step-{step:08d}" for step in range(1, report["failed"])]
+
+
+@pytest.mark.parametrize(
+    "stage", ["begun", "model.safetensors", "state.safetensors", "tokenizer", "metadata", "synced"]
+)
+def test_full_disk_at_each_stage_is_a_named_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     checkpoint_faults.save(tmp_path, 1)
 
     def fill_disk(now: str) -> None:

@@ -47,7 +47,13 @@ def test_a_generator_without_a_device_is_named() -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [{"torch": "AAAA"}, {"torch": "%"}, {"torch": None}, {"python": [3, [1], None]}, {"numpy": ["MT19937", "", 0, 0, 0.0]}],
+    [
+        {"torch": "AAAA"},
+        {"torch": "%"},
+        {"torch": None},
+        {"python": [3, [1], None]},
+        {"numpy": ["MT19937", "", 0, 0, 0.0]},
+    ],
 )
 def test_malformed_states_are_one_line(damage: dict) -> None:
     with pytest.raises(UserError, match="cannot be restored"):

@@ -80,7 +80,9 @@ def test_tied_tensors_are_stored_once_and_come_back_tied(tmp_path: Path) -> None
 
 def test_equal_memory_of_another_shape_is_not_tied() -> None:
     weight = torch.randn(4, 4)
-    assert find_tied({"a": weight, "b": weight.t(), "c": weight.view(-1), "d": torch.empty(0), "e": torch.empty(0)}) == {}
+    assert (
+        find_tied({"a": weight, "b": weight.t(), "c": weight.view(-1), "d": torch.empty(0), "e": torch.empty(0)}) == {}
+    )
 
 
 def test_snapshot_is_a_copy_that_keeps_ties() -> None:
@@ -121,7 +123,9 @@ def test_a_dtype_without_a_name_is_refused(tmp_path: Path) -> None:
         write_tensors(tmp_path / "a", {"a": torch.zeros(4, dtype=torch.complex64)})
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00", b"\xff" * 8, b"\x02" + b"\x00" * 7 + b"{]", b"not a tensor file" * 9])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x00", b"\xff" * 8, b"\x02" + b"\x00" * 7 + b"{]", b"not a tensor file" * 9]
+)
 def test_garbage_is_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
