@@ -109,9 +109,7 @@ class ModelOptimizer:
         for full, tensor in tensors.items():
             name, _, key = full.rpartition("/")
             if name not in params:
-                raise UserError(
-                    f"the checkpoint's optimiser state has {full}, which this model does not; keep model.*"
-                )
+                raise UserError(f"the checkpoint's optimiser state has {full}, which this model does not; keep model.*")
             param = params[name]
             optimizer = owner[param]
             expected = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}

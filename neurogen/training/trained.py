@@ -48,9 +48,7 @@ def load_trained(path: str, *, mode: str, device: str, dtype: str) -> Trained:
     resolved = resolve_mode(mode)
     checkpoint = load_checkpoint(path)
     if checkpoint.tokenizer_dir is None or "config" not in checkpoint.metadata:
-        raise UserError(
-            f"{checkpoint.path}: has no tokenizer or configuration; give one that scripts/train.py saved"
-        )
+        raise UserError(f"{checkpoint.path}: has no tokenizer or configuration; give one that scripts/train.py saved")
     config = build_config(checkpoint.metadata["config"], Config)
     tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
     rows = checkpoint.model_tensors["embedding.weight"].shape[0]

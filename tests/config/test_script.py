@@ -27,9 +27,7 @@ def test_a_task_gets_the_checked_config_and_gives_the_exit_code(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("arguments", [["optimizer=foo"], ["seed=abc"], ["seed"], ["trainer=null"], ["data.lanes=0"]])
-def test_a_users_mistake_is_one_line_and_exit_code_2(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_users_mistake_is_one_line_and_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_script(lambda config: pytest.fail("ran"), arguments=arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""

@@ -50,8 +50,6 @@ def test_share_follows_the_limit_closest_to_its_end() -> None:
 
 def test_neither_first_nor_last_step_of_a_run_has_rate_zero() -> None:
     trainer, schedule = TrainerConfig(max_steps=50), WSDConfig(warmup=0.1, decay=0.5, final_scale=0.0)
-    scales = [
-        learning_rate_scale(schedule, run_share(Progress(step=step), trainer), step=step) for step in range(50)
-    ]
+    scales = [learning_rate_scale(schedule, run_share(Progress(step=step), trainer), step=step) for step in range(50)]
     assert min(scales) > 0
     assert max(scales) == 1.0
