@@ -5,8 +5,8 @@
     python scripts/benchmark.py suite=kernels only=cortex seconds=3
     python scripts/benchmark.py suite=kernels size=test device=cpu output=results.json    # tries the suite itself
 
-Each contender is checked where it computes our function, warmed up, and then takes turns with the others; a peer that is
-not installed or cannot run is listed with its error. `pip install -e .[bench]` brings the peers.
+Each contender is checked where it computes our function, warmed up, and then takes turns with the others; a peer that
+is not installed or cannot run is listed with its error. `pip install -e .[bench]` brings the peers.
 """
 
 import sys
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from neurogen.benchmark import compare, write_rows
+from neurogen.benchmark import Row, compare, write_rows
 from neurogen.benchmark import kernels as kernel_suite
 from neurogen.benchmark import training as training_suite
 from neurogen.benchmark.config import BenchmarkConfig
@@ -23,6 +23,12 @@ from neurogen.config.script import run_script
 from neurogen.errors import UserError
 
 SUITES = {"kernels": kernel_suite.cases, "training": training_suite.cases}
+
+
+def describe(row: Row) -> str:
+    if row.median is None:
+        return str(row.failure)
+    return f"{row.median * 1e3:10.3f} ms  " + "  ".join(f"{name} {value:,.4g}" for name, value in row.extra.items())
 
 
 def main(config: BenchmarkConfig) -> None:
@@ -48,10 +54,7 @@ def main(config: BenchmarkConfig) -> None:
         )
         write_rows(output, rows)
         for row in rows:
-            told = row.failure or f"{row.median * 1e3:10.3f} ms  " + "  ".join(
-                f"{k} {v:,.4g}" for k, v in row.extra.items()
-            )
-            print(f"{case.op:32s} {case.shape}  {row.provider:45s} {told}", flush=True)
+            print(f"{case.op:32s} {case.shape}  {row.provider:45s} {describe(row)}", flush=True)
         if name != "cpu":
             torch.cuda.empty_cache()
     if output.is_file():

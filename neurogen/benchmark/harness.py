@@ -1,8 +1,8 @@
 """Time several ways of doing one thing, interleaved, and keep the figures.
 
-A contender is prepared, checked against a float64 reference where it computes the same function, warmed up, and then
-takes turns with the others, so that a drift of the machine touches all alike. One that cannot run becomes a row with its
-error.
+A contender is prepared, checked against a float64 reference where it computes the same function, warmed up, and
+then takes turns with the others, so that a drift of the machine touches all alike. One that cannot run becomes a
+row with its error.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: times in seconds, memory in bytes above what was there before; `failure` says why there is none."""
+    """One measurement: seconds, and bytes of memory above what was there before; `failure` says why there is none."""
 
     suite: str
     op: str

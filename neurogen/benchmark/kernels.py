@@ -40,7 +40,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Op:
-    """A differentiable op on fixed inputs: `inputs` in float32 on the CPU, `run` from them and a backend to its output."""
+    """A differentiable op on fixed inputs: `inputs` in float32 on the CPU, and what runs them on a backend."""
 
     inputs: Tensors
     stored: frozenset[str]
