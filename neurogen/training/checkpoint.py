@@ -89,8 +89,8 @@ def save_checkpoint(
         keep_best: keep the one with the lowest score too.
 
     A checkpoint of the same step is replaced, and stays loadable until the new one is in its place.
-    Raises CheckpointNotSaved on any error of the file system while writing, TypeError for metadata JSON cannot hold, and
-    OSError when the new checkpoint is in place but an old one cannot be deleted.
+    Raises CheckpointNotSaved on any error of the file system while writing, TypeError for metadata JSON cannot hold,
+    and OSError when the new checkpoint is in place but an old one cannot be deleted.
     """
     if step < 0 or (keep_last is not None and keep_last < 1):
         raise ValueError(f"step is at least 0 and keep_last at least 1, got step={step}, keep_last={keep_last}")

@@ -284,3 +284,16 @@ def test_an_unwritable_folder_is_the_named_error(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file in the way")
     with pytest.raises(checkpoint.CheckpointNotSaved, match="step 1 not saved"):
         save(tmp_path / "checkpoints", 1)
+
+
+@pytest.mark.parametrize(
+    ("written", "altered"), [(b'"tokens": 99', b'"tokens": 98'), (b"0.001", b"0.003"), (b"nano", b"nanp")]
+)
+def test_an_altered_value_in_the_metadata_is_seen(tmp_path: Path, written: bytes, altered: bytes) -> None:
+    path = save(tmp_path, 1, metadata={"tokens": 99, "lr": 0.001, "name": "nano"})
+    content = (path / "checkpoint.json").read_bytes()
+    assert written in content
+    (path / "checkpoint.json").write_bytes(content.replace(written, altered))
+    with pytest.raises(UserError, match="does not match its own hash"):
+        load_checkpoint(path)
+    assert find_latest(tmp_path) is None
