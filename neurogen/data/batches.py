@@ -6,7 +6,7 @@ Which tokens a batch holds is arithmetic on stream, lanes, window, seed and posi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,14 +52,23 @@ class Batches:
     kind: str
 
     def __init__(
-        self, stream: TokenStream, *, lanes: int, window: int, seed: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        stream: TokenStream,
+        *,
+        lanes: int,
+        window: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        only: Sequence[int] | None = None,
     ) -> None:
+        """`only` names the lanes to serve, instead of the share of `rank`."""
         _check_shape(lanes, window, rank, world_size)
         self.stream = stream
         self.lanes = lanes
         self.window = window
         self.seed = seed
-        self._rank_lanes = range(lanes)[_rank_lanes(lanes, rank, world_size)]
+        self._rank_lanes = range(lanes)[_rank_lanes(lanes, rank, world_size)] if only is None else only
 
     def __iter__(self):
         return self
@@ -284,9 +293,12 @@ def _validation_pass(stream: TokenStream, parts: list[tuple[int, int]], window: 
         yield Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(resets))
 
 
-def philox(seed: int, counter: int, count: int) -> np.ndarray:
-    """`count` raw 64-bit words of Philox4x64. The counter fills the top word, so different counters never overlap."""
-    return np.random.Philox(key=seed % 2**64, counter=[0, 0, 0, counter]).random_raw(count)
+def philox(seed: int, counter: int, count: int, *, stream: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """`count` raw 64-bit words of Philox4x64, the same on every machine.
+
+    `stream` and `counter` fill the upper words of the generator's counter, so draws that differ in one never overlap.
+    """
+    return np.random.Philox(key=seed % 2**64, counter=[0, *stream, counter]).random_raw(count)
 
 
 def _rank_lanes(lanes: int, rank: int, world_size: int) -> slice:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import zstandard
 
@@ -21,12 +22,14 @@ ZST_READ_BYTES = 1 << 17
 
 @dataclass(frozen=True)
 class Document:
-    """One document. `key` names it for the split; `pieces()` gives its text in valid UTF-8.
+    """One document. `key` names it for the split, `origin` in errors; `pieces()` gives its text in valid UTF-8.
 
     A document from a JSON line is one piece, since the line is in memory already; of a file it is about 1 MB.
     """
 
     key: str
+    origin: str
+    path: Path
     pieces: Callable[[], Iterator[bytes]]
 
 
@@ -55,7 +58,7 @@ def _plain_document(source: SourceFile, config: DataConfig, counts: Counter[str]
     fault = f"{path} is not valid UTF-8 at byte {bad_offset}"
     if bad_offset is not None and not _accept_invalid(fault, config, counts):
         return
-    yield Document(source.name, lambda: _read_pieces(path))
+    yield Document(source.name, str(path), path, lambda: _read_pieces(path))
 
 
 def _check_utf8(path: Path) -> tuple[int, int | None]:
@@ -100,10 +103,8 @@ def _jsonl_documents(source: SourceFile, config: DataConfig, counts: Counter[str
         text = _text_of_line(line, where, config, counts)
         if text is None:
             continue
-        if not text:
-            _skip_empty(f"{where} has an empty {config.text_field!r}", config, counts)
-            continue
-        yield Document(f"{source.name}:{number}", lambda text=text: iter((text,)))  # type: ignore[misc]
+        key = f"{source.name}:{number}"
+        yield Document(key, where, source.path, lambda text=text: iter((text,)))  # type: ignore[misc]
 
 
 def _text_of_line(line: bytes, where: str, config: DataConfig, counts: Counter[str]) -> bytes | None:
@@ -118,16 +119,37 @@ def _text_of_line(line: bytes, where: str, config: DataConfig, counts: Counter[s
     except (ValueError, RecursionError) as error:
         _skip_line(f"{where} is not JSON ({error})", config, counts)
         return None
+    return text_of_record(record, where, config, counts)
+
+
+def text_of_record(record: Any, where: str, config: DataConfig, counts: Counter[str]) -> bytes | None:
+    """The text of a JSON record in UTF-8, or None to skip it. Counts and raises as `iterate_documents`."""
     text = record.get(config.text_field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         _skip_line(f"{where} has no text under {config.text_field!r}", config, counts)
         return None
+    if not text:
+        _skip_empty(f"{where} has an empty {config.text_field!r}", config, counts)
+        return None
+    if config.kind == "slimpajama":
+        counts[f"set/{_set_name(record.get('meta'))}"] += 1
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError:  # "\ud800" is valid JSON, but half a character
         if not _accept_invalid(f"{where} holds a lone surrogate, which is not valid UTF-8", config, counts):
             return None
         return text.encode("utf-8", errors="surrogatepass").decode("utf-8", errors="replace").encode("utf-8")
+
+
+def _set_name(meta: Any) -> str:
+    """Which part of SlimPajama a record is from. Its `meta` is an object, or in some mirrors the text of one."""
+    if isinstance(meta, str):
+        try:
+            meta = json.loads(meta.replace("'", '"'))
+        except ValueError:
+            return "unknown"
+    name = meta.get("redpajama_set_name") if isinstance(meta, dict) else None
+    return name if isinstance(name, str) else "unknown"
 
 
 def _lines(path: Path) -> Iterator[bytes]:

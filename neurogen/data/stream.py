@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,11 @@ class TokenStream:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def parts(self) -> Sequence[TokenStream]:
+        """The stream as streams of whole documents, each in one file, in order."""
+        return (self,)
 
 
 class StreamWriter:

@@ -38,7 +38,7 @@ def slow_lane(stream, lane, lanes, first, count):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    length=st.integers(1, 60),
+    length=st.integers(3, 60),
     lanes=st.integers(1, 5),
     window=st.integers(1, 17),
     seed=st.integers(0, 2**64),

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+import hydra
 import pytest
-import yaml
+from omegaconf import OmegaConf
 
 from neurogen.data import DataConfig
 from neurogen.data.config import default_cache_dir
@@ -49,18 +50,37 @@ def test_bad_settings(settings, named):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_yaml_is_a_complete_config(path):
-    settings = yaml.safe_load(path.read_text())
+def compose(name, *overrides):
+    with hydra.initialize_config_dir(str(CONF.parent), version_base="1.3"):
+        return OmegaConf.to_container(hydra.compose(f"data/{name}", list(overrides)).data)
+
+
+MANDATORY = {
+    "text": ["data.path=some.txt"],
+    "enwiki": ["data.path=[a.txt,b.txt]"],
+    "shards": ["data.path=prepared"],
+    "mixture": ["data.sources={a: {path: a.txt, weight: 1}, b: {kind: stdlib, weight: 0.5}}"],
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("[!_]*.yaml")))
+def test_every_yaml_is_a_complete_config(name):
+    missing = [key for key, value in compose(name).items() if value == "???"]
+    assert missing == (["path"] if name in ("text", "enwiki", "shards") else [])
+    settings = compose(name, *MANDATORY.get(name, []))
     assert set(settings) == set(DataConfig.__dataclass_fields__)
-    if settings["path"] == "???":
-        settings["path"] = "some.txt"
-    config = DataConfig(**settings)
-    assert config.tokenizer == "bytes"
+    DataConfig(**settings)
+
+
+def test_the_base_yaml_holds_the_defaults():
+    defaults = DataConfig(kind="text", path="x")
+    base = compose("_base")
+    assert base["path"] == "???"
+    assert {**base, "path": "x"} == {key: getattr(defaults, key) for key in base}
 
 
 def test_the_byte_benchmark_is_as_its_definition_says():
-    settings = yaml.safe_load((CONF / "enwiki.yaml").read_text())
+    settings = compose("enwiki")
     assert settings["document_separator"] == "\n\n\n"
     assert (settings["validation_bytes"], settings["lanes"], settings["window"]) == (1_000_000, 64, 512)
 

@@ -232,7 +232,7 @@ def test_the_cache_is_used_and_follows_files_and_settings(tmp_path, monkeypatch)
     config = text_config(path)
     first = build_corpus(config, cache)
     assert len(leftovers(cache)) == 1
-    monkeypatch.setattr("neurogen.data.corpus._write_corpus", None)  # building again would fail
+    monkeypatch.setattr("neurogen.data.text_corpus._write_corpus", None)  # building again would fail
     again = build_corpus(text_config(path, lanes=3, window=5, batching="random"), cache)
     assert again.fingerprint == first.fingerprint
     np.testing.assert_array_equal(again.train.tokens, first.train.tokens)
@@ -290,9 +290,9 @@ def test_what_a_killed_build_left_is_removed(tmp_path):
 
 
 def _build_and_die(config, cache):
-    from neurogen.data import corpus
+    from neurogen.data import text_corpus
 
-    corpus._tokenize = lambda *args, **kwargs: os._exit(9)
+    text_corpus._tokenize = lambda *args, **kwargs: os._exit(9)
     build_corpus(config, cache)
 
 
@@ -314,15 +314,15 @@ def test_concurrent_builds_end_in_one_corpus(tmp_path):
 
 
 def _build_at(start, queue, config, cache):
-    from neurogen.data import corpus
+    from neurogen.data import text_corpus
 
-    tokenize = corpus._tokenize
+    tokenize = text_corpus._tokenize
 
     def slowly(*args, **kwargs):
         tokenize(*args, **kwargs)
         time.sleep(0.5)  # so that all are building at once
 
-    corpus._tokenize = slowly
+    text_corpus._tokenize = slowly
     start.wait()
     queue.put(build_corpus(config, cache).fingerprint)
 
@@ -333,7 +333,7 @@ def test_standard_library(tmp_path, monkeypatch):
     assert names == sorted(names)
     assert {"os.py", "json/decoder.py"} <= set(names)
     assert not any("site-packages" in name or "/tests/" in name or name.startswith("test/") for name in names)
-    monkeypatch.setattr("neurogen.data.corpus.find_sources", lambda config: sources[:40])
+    monkeypatch.setattr("neurogen.data.text_corpus.find_sources", lambda config: sources[:40])
     config = DataConfig(split="documents", encoding_errors="skip", empty_documents="skip", validation_fraction=0.1)
     corpus = build_corpus(config, tmp_path / "cache")
     texts = texts_of(corpus, "train") + texts_of(corpus, "validation")

@@ -133,7 +133,7 @@ def test_missing_and_damaged_tokenizers(tmp_path):
 
 def test_tokenizers_that_would_not_round_trip():
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<|document_start|>": 0, "a": 1}, unk_token="a"))
-    with pytest.raises(UserError, match="not a byte-level BPE"):
+    with pytest.raises(UserError, match="no BPE over all 256 bytes"):
         BpeTokenizer(words.to_str())
     settings = json.loads(tokenizers.Tokenizer.from_str(BPE._definition).to_str())
     settings["normalizer"] = {"type": "Lowercase"}
@@ -142,5 +142,5 @@ def test_tokenizers_that_would_not_round_trip():
     settings["normalizer"] = None
     settings["added_tokens"] = []
     del settings["model"]["vocab"]["<|document_start|>"]
-    with pytest.raises(UserError, match="no token"):
+    with pytest.raises(UserError, match="no special token"):
         BpeTokenizer(json.dumps(settings))
