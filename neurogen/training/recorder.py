@@ -116,7 +116,8 @@ class Recorder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
             if error is not None:
-                self.status("failed", reason=" ".join(f"{type(error).__name__}: {error}".split())[:300])
+                state = "failed" if isinstance(error, Exception) else "interrupted"  # a second Ctrl-C is no Exception
+                self.status(state, reason=" ".join(f"{type(error).__name__}: {error}".split())[:300])
         finally:
             self._display.__exit__(kind, error, trace)
             self._metrics.close()
