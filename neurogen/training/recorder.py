@@ -89,9 +89,10 @@ class Recorder:
         """
         self._metrics.sync()
         try:
-            self._saver.save(**self._session.checkpoint_arguments(), score=score)
+            self._last_checkpoint = self._saver.wait() or self._last_checkpoint
         except CheckpointNotSaved as error:
             self.say(f"warning: {error}")
+        self._saver.save(**self._session.checkpoint_arguments(), score=score)
         self.status("running")
 
     def finish(self, state: str, *, reason: str) -> Path:
