@@ -56,10 +56,9 @@ def main(arguments: list[str]) -> int:
     load.append(os.getloadavg()[0])
     versions = {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}
     versions["tokenizers"] = tokenizers.__version__
-    for row in rows:
-        print(
-            f"{row['op']:9} {row['provider']:28} {row['median'] / 1e6:9.2f} M tokens/s {row['per_cpu_second'] / 1e6:8.2f} M/cpu-s  {row['shape']}"
-        )
+    for one in rows:
+        rates = f"{one['median'] / 1e6:9.2f} M tokens/s {one['per_cpu_second'] / 1e6:9.2f} M/cpu-s"
+        print(f"{one['op']:9} {one['provider']:28} {rates}  {one['shape']}")
     Path(settings["out"]).parent.mkdir(parents=True, exist_ok=True)
     device = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "load": load}
     write_json(Path(settings["out"]), {"unit": "tokens/s", "device": device, "versions": versions, "rows": rows})
