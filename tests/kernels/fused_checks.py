@@ -15,6 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.offline import SHARED_LIMITS
+
+CAPABILITIES = (89, 90)
+
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """norm(actual - expected) / norm(expected) in float64; the plain norm of actual where expected is zero."""
@@ -48,7 +52,6 @@ class CompileCase(NamedTuple):
     kernel: str
     signature: Mapping[str, str]
     constexprs: Mapping[str, Any]
-    capability: int
     num_warps: int
     num_stages: int = 3
 
@@ -62,8 +65,9 @@ class Compiled(NamedTuple):
     machine_code: str
 
 
-def compile_cases(cases: list[CompileCase]) -> list[Compiled]:
-    """Compile in one new process, whose kernels are defined with the interpreter off."""
+def check_compiled(cases: list[CompileCase]) -> list[Compiled]:
+    """Compile each case for every capability of `CAPABILITIES`, case by case, in one new process, whose kernels are
+    defined with the interpreter off; assert that nothing spills and blocks fit into shared memory."""
     run = subprocess.run(
         [sys.executable, __file__],
         input=json.dumps([case._asdict() for case in cases]),
@@ -73,7 +77,12 @@ def compile_cases(cases: list[CompileCase]) -> list[Compiled]:
         check=False,
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    return [Compiled(**entry) for entry in json.loads(run.stdout)]
+    results = [Compiled(**entry) for entry in json.loads(run.stdout)]
+    targets = [(case, capability) for case in cases for capability in CAPABILITIES]
+    for (case, capability), compiled in zip(targets, results, strict=True):
+        assert compiled.stack_bytes == 0, (case.kernel, capability)
+        assert compiled.shared_bytes <= SHARED_LIMITS[capability], (case.kernel, capability)
+    return results
 
 
 def _main() -> None:
@@ -84,15 +93,16 @@ def _main() -> None:
         case = CompileCase(**entry)
         kernel = getattr(importlib.import_module(case.module), case.kernel)
         signature = {name: case.signature.get(name, "constexpr") for name in kernel.arg_names}
-        resources, machine_code = compile_kernel(
-            kernel,
-            signature,
-            case.constexprs,
-            capability=case.capability,
-            num_warps=case.num_warps,
-            num_stages=case.num_stages,
-        )
-        results.append(Compiled(*resources, machine_code)._asdict())
+        for capability in CAPABILITIES:
+            resources, machine_code = compile_kernel(
+                kernel,
+                signature,
+                case.constexprs,
+                capability=capability,
+                num_warps=case.num_warps,
+                num_stages=case.num_stages,
+            )
+            results.append(Compiled(*resources, machine_code)._asdict())
     json.dump(results, sys.stdout)
 
 

