@@ -12,7 +12,8 @@ counts, and the layout serves it:
   16 neurons it will work on and turns them into its part of `[C, L]` without waiting for other warps.
 - Inputs are asked for PREFETCH tokens before they are used and wait in registers.
 - The loops over tokens are `while` loops: Triton's compiler reads a `for` loop's invariant dot operand from shared
-  memory again at every step, at 32 KB a step, and its interpreter rejects run-time `range` under some NumPy versions.
+  memory again at every step, and its interpreter rejects run-time `range` under some NumPy versions. Where registers
+  are too few for the weights (RELOAD: 64 KB in float32), they are read from the cache at every token.
 """
 
 import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
@@ -44,6 +45,11 @@ def to_memory(x, L: tl.constexpr, C: tl.constexpr):
     """`[C, L]` as a memory tile `[C/16 * L, 16]`."""
     x = tl.permute(tl.reshape(x, (C // ROW, ROW, L)), (0, 2, 1))
     return tl.reshape(x, (C // ROW * L, ROW))
+
+
+@triton.jit
+def scaled_weight(weights, scale, dtype: tl.constexpr):
+    return (tl.load(weights).to(tl.float32) * scale).to(dtype)
 
 
 @triton.jit
@@ -91,6 +97,7 @@ def cortex_forward_kernel(
     ADAPTATION_STRENGTH: tl.constexpr,
     ADAPTATION_DECAY: tl.constexpr,
     HAS_START: tl.constexpr,
+    RELOAD: tl.constexpr,
     SAVE: tl.constexpr,
 ):
     first_neuron = tl.program_id(0).to(tl.int64) * C
@@ -105,8 +112,9 @@ def cortex_forward_kernel(
     inside = lanes < B
 
     alpha = tl.load(decay + first_neuron + c)[:, None]
-    weight = tl.load(lateral_weight + first_neuron * C + c[:, None] * C + c[None, :]).to(tl.float32)
-    weight = (weight * (1.0 - alpha)).to(drive.dtype.element_ty)
+    weights = lateral_weight + first_neuron * C + c[:, None] * C + c[None, :]
+    weight_scale = 1.0 - alpha
+    weight = scaled_weight(weights, weight_scale, drive.dtype.element_ty)
     gain = tl.sqrt(1.0 - alpha)
     reset = alpha * THRESHOLD
     v = to_neurons(tl.load(initial_voltage + state_offset, mask=exists, other=0.0), L, C)
@@ -145,7 +153,8 @@ def cortex_forward_kernel(
         x2 = tl.load(drive_3 + drive_offset, mask=exists & (t + 3 < T), other=0.0)
         pre = alpha * v - reset * s + gain * x
         a = ADAPTATION_DECAY * a + (1.0 - ADAPTATION_DECAY) * s
-        v = tl.dot(weight, s.to(weight.dtype), pre, input_precision="ieee")
+        w = scaled_weight(weights, weight_scale, drive.dtype.element_ty) if RELOAD else weight
+        v = tl.dot(w, s.to(w.dtype), pre, input_precision="ieee")
         u = v - THRESHOLD - ADAPTATION_STRENGTH * a
         s = spike(u, CEILING)
         num_fired += (u > 0).to(tl.int32)
@@ -204,6 +213,7 @@ def cortex_backward_kernel(
     ADAPTATION_STRENGTH: tl.constexpr,
     ADAPTATION_DECAY: tl.constexpr,
     HAS_START: tl.constexpr,
+    RELOAD: tl.constexpr,
 ):
     first_neuron = tl.program_id(0).to(tl.int64) * C
     first_lane = tl.program_id(1) * L
@@ -219,9 +229,9 @@ def cortex_backward_kernel(
     alpha = tl.load(decay + first_neuron + c)[:, None]
     gain = tl.sqrt(1.0 - alpha)
     reset = alpha * THRESHOLD
-    column_gain = tl.sqrt(1.0 - tl.load(decay + first_neuron + c))[None, :]
-    weight = tl.load(lateral_weight + first_neuron * C + c[None, :] * C + c[:, None]).to(tl.float32)
-    weight = (weight * column_gain).to(grad_drive.dtype.element_ty)
+    weights = lateral_weight + first_neuron * C + c[None, :] * C + c[:, None]  # transposed
+    weight_scale = tl.sqrt(1.0 - tl.load(decay + first_neuron + c))[None, :]
+    weight = scaled_weight(weights, weight_scale, grad_drive.dtype.element_ty)
 
     # Gradients to what the next token receives from this one: v, a and s after this token.
     next_v = to_neurons(tl.load(grad_final_voltage + state_offset, mask=exists, other=0.0), L, C)
@@ -275,7 +285,8 @@ def cortex_backward_kernel(
         next_v = alpha * dv
         next_a = ADAPTATION_DECAY * da
         next_s = (1.0 - ADAPTATION_DECAY) * da - reset * dv
-        next_s = tl.dot(weight, dx, next_s, input_precision="ieee")
+        w = scaled_weight(weights, weight_scale, grad_drive.dtype.element_ty) if RELOAD else weight
+        next_s = tl.dot(w, dx, next_s, input_precision="ieee")
         to_voltage = dv
         if HAS_START:
             kept = (f0 == 0)[None, :]
