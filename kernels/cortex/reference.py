@@ -63,7 +63,7 @@ def cortex_reference(
     Returns:
         CortexOutput; the spikes have the drive's type, the state accumulates in float32 or float64.
     """
-    _, num_tokens, width = drive.shape
+    width = drive.shape[-1]
     num_columns, column_width, _ = lateral_weight.shape
     dtype = accumulation_dtype(drive, decay)
 
@@ -80,11 +80,12 @@ def cortex_reference(
         kept = None if document_start is None else (~document_start).to(dtype).t()[:, None, :, None]
 
         outputs = []
-        for t in range(num_tokens):
+        # unbind, because the gradient of indexing by t would be a zero-filled copy of the whole sequence at each t.
+        for t, driven_t in enumerate(driven.unbind(0)):
             if kept is not None:
                 v, a, s = v * kept[t], a * kept[t], s * kept[t]
             a = torch.lerp(s, a, adaptation_decay)
-            v = torch.baddbmm(torch.addcmul(driven[t], alpha, v), s, recurrent)
+            v = torch.baddbmm(torch.addcmul(driven_t, alpha, v), s, recurrent)
             s = spike(torch.sub(v, a, alpha=adaptation_strength) - threshold, spike_kind)
             outputs.append(s)
 
