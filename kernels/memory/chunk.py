@@ -60,25 +60,27 @@ def load_tile(ptr, row_stride, rows, columns, is_token):
 
 
 @triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)); a reciprocal square root costs one instruction where a division costs several."""
+    denominator = 1.0 + tl.exp2(-x * LOG2_E)
+    return tl.rsqrt(denominator * denominator)
+
+
+@triton.jit
 def normalized_silu(x, eps):
-    """l2norm(silu(x)) over the last dimension, in float32."""
-    x = x.to(tl.float32)
-    activity = x / (1.0 + tl.exp2(-x * LOG2_E))
-    return activity * tl.rsqrt(tl.sum(activity * activity, 1) + eps)[:, None]
+    """l2norm(silu(x)) over the last dimension, in x's type."""
+    raw = x.to(tl.float32)
+    activity = raw * sigmoid(raw)
+    return (activity * tl.rsqrt(tl.sum(activity * activity, 1) + eps)[:, None]).to(x.dtype)
 
 
 @triton.jit
 def normalized_silu_gradient(x, gradient, eps):
     """The gradient of x from that of l2norm(silu(x)), in float32."""
-    x = x.to(tl.float32)
-    sigmoid = 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
-    activity = x * sigmoid
+    raw = x.to(tl.float32)
+    gate = sigmoid(raw)
+    activity = raw * gate
     inverse_norm = tl.rsqrt(tl.sum(activity * activity, 1) + eps)[:, None]
     unit = activity * inverse_norm
     along = tl.sum(unit * gradient, 1)[:, None]
-    return inverse_norm * (gradient - along * unit) * sigmoid * (1.0 + x * (1.0 - sigmoid))
-
-
-@triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
+    return inverse_norm * (gradient - along * unit) * gate * (1.0 + raw * (1.0 - gate))

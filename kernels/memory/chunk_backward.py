@@ -99,7 +99,7 @@ def memory_state_gradient_kernel(
         )
         from_start = tl.exp2(coarse + fine)
         query = load_tile(query_ptr + first * query_stride_t, query_stride_t, rows, channels, is_token)
-        query = normalized_silu(query, eps).to(query.dtype)
+        query = normalized_silu(query, eps)
         output_grad = load_tile(
             output_grad_ptr + first * output_grad_stride_t, output_grad_stride_t, rows, columns, is_token
         )
@@ -109,7 +109,7 @@ def memory_state_gradient_kernel(
         if DELTA:
             to_end = tl.exp2((coarse_total - coarse) + (fine_total - fine))
             key = load_tile(key_ptr + first * key_stride_t, key_stride_t, rows, channels, is_token)
-            key = normalized_silu(key, eps).to(key.dtype)
+            key = normalized_silu(key, eps)
             write = sigmoid(
                 tl.load(write_ptr + (first + rows) * write_stride_t, mask=is_token, other=0.0).to(tl.float32)
             )
@@ -210,9 +210,9 @@ def memory_gradient_kernel(
     to_end = tl.exp2((coarse_total - coarse) + (fine_total - fine))
     between = decay_between(coarse, fine, causal)
     query = load_tile(query_ptr, query_stride_t, rows, channels, is_token)
-    query = normalized_silu(query, eps).to(query.dtype)
+    query = normalized_silu(query, eps)
     key = load_tile(key_ptr, key_stride_t, rows, channels, is_token)
-    key = normalized_silu(key, eps).to(key.dtype)
+    key = normalized_silu(key, eps)
     scores = tl.dot(query, tl.trans(key), input_precision="ieee")
 
     scores_grad = tl.zeros([LENGTH, LENGTH], dtype=tl.float32)

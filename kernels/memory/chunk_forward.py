@@ -51,7 +51,7 @@ def triangular_inverse_kernel(
 
     key_ptr += i_b * key_stride_b + i_h * key_stride_h + first * key_stride_t
     key = load_tile(key_ptr, key_stride_t, rows, columns, is_token)
-    key = normalized_silu(key, eps).to(key.dtype)
+    key = normalized_silu(key, eps)
     write_ptr += i_b * write_stride_b + i_h * write_stride_h + first * write_stride_t
     write = sigmoid(tl.load(write_ptr + rows * write_stride_t, mask=is_token, other=0.0).to(tl.float32))
     forget_ptr += i_b * forget_stride_b + i_h * forget_stride_h + first * forget_stride_t
@@ -162,7 +162,7 @@ def memory_forward_kernel(
         from_start = tl.exp2(coarse + fine)
         to_end = tl.exp2((coarse_total - coarse) + (fine_total - fine))
         key = load_tile(key_ptr + first * key_stride_t, key_stride_t, rows, channels, is_token)
-        key = normalized_silu(key, eps).to(key.dtype)
+        key = normalized_silu(key, eps)
         writes = load_tile(value_ptr + first * value_stride_t, value_stride_t, rows, columns, is_token)
         rounded_state = state.to(key.dtype)
         if RECOMPUTE:
@@ -181,7 +181,7 @@ def memory_forward_kernel(
                 tl.store(writes_ptr + first * token_stride + token_offsets, writes, mask=is_token[:, None])
         else:
             query = load_tile(query_ptr + first * query_stride_t, query_stride_t, rows, channels, is_token)
-            query = normalized_silu(query, eps).to(key.dtype)
+            query = normalized_silu(query, eps)
             scores = tl.dot(query, tl.trans(key), input_precision="ieee") * decay_between(coarse, fine, causal)
             output = from_start[:, None] * tl.dot(query, rounded_state, input_precision="ieee")
             output = tl.dot(scores.to(key.dtype), writes, output, input_precision="ieee")
