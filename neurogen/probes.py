@@ -21,7 +21,7 @@ class StageListener(Protocol):
 
 
 class CopyListener(Protocol):
-    def host_copy(self, direction: str, num_bytes: int) -> None: ...
+    def host_copy(self, direction: str, num_bytes: int, device: torch.device) -> None: ...
 
 
 _stage_listener: StageListener | None = None
@@ -49,12 +49,12 @@ def to_host(x: Tensor) -> Tensor:
     """A new tensor in host memory, pinned if x is on a GPU, so that the copy need not be waited for: it is safe to read
     for the stream's later work, and for the host after a synchronisation. A CPU tensor is cloned."""
     if _copy_listener is not None:
-        _copy_listener.host_copy("device_to_host", x.numel() * x.element_size())
+        _copy_listener.host_copy("device_to_host", x.numel() * x.element_size(), x.device)
     return x.to("cpu", non_blocking=True, copy=True)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """A new tensor on `device` with a host tensor's values; the inverse of `to_host`."""
     if _copy_listener is not None:
-        _copy_listener.host_copy("host_to_device", x.numel() * x.element_size())
+        _copy_listener.host_copy("host_to_device", x.numel() * x.element_size(), device)
     return x.to(device, non_blocking=True, copy=True)

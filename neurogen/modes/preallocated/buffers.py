@@ -7,6 +7,7 @@ Everything here writes through `out=` or in place, so that no token allocates.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,21 +44,42 @@ class Room:
         """`[slots, *shape]`."""
         return self.buffer(self.num_tokens if self.saved else 1, *shape, dtype=dtype)
 
+    def mean(self, width: int, eps: float) -> Means:
+        """What `normalize` needs for the mean square of `width` channels."""
+        return Means(self.constant(1.0 / width), self.constant(-1.0 / width), self.constant(eps))
+
+    def constant(self, value: float) -> Tensor:
+        return constant(value, self.dtype)
+
     def state_tape(self, *shape: int) -> Tensor:
         """`[slots, *shape]` of a state before the first token and after every one: two slots in turn if not saved."""
         return self.buffer(self.num_tokens + 1 if self.saved else 2, *shape)
 
 
-def normalize(x: Tensor, out: Tensor, scale: Tensor, scratch: Tensor, *, share: float, eps: float) -> None:
+def constant(value: float, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor on the host, for operations that would make it one anew at every call, and of the type they
+    compute in, for they would cast it at every call. A GPU takes it as an argument of the kernel."""
+    return torch.tensor(value, dtype=dtype)
+
+
+class Means(NamedTuple):
+    """Constants of a normalisation by 1 / sqrt(share * sum(x^2) + eps)."""
+
+    share: Tensor
+    minus_share: Tensor
+    eps: Tensor
+
+
+def normalize(x: Tensor, out: Tensor, scale: Tensor, scratch: Tensor, means: Means) -> None:
     """out = x * scale with scale = 1 / sqrt(share * sum(x^2) + eps) over the last dimension; scale is `[..., 1]`."""
     torch.mul(x, x, out=scratch)
     torch.sum(scratch, -1, keepdim=True, out=scale)
-    scale.mul_(share).add_(eps).rsqrt_()
+    scale.mul_(means.share).add_(means.eps).rsqrt_()
     torch.mul(x, scale, out=out)
 
 
 def normalize_backward(
-    grad: Tensor, normed: Tensor, scale: Tensor, scratch: Tensor, sums: Tensor, *, share: float, out: Tensor
+    grad: Tensor, normed: Tensor, scale: Tensor, scratch: Tensor, sums: Tensor, means: Means, *, out: Tensor
 ) -> None:
     """out = scale * (grad - normed * share * sum(grad * normed)), the gradient of `normalize` at its input.
 
@@ -65,7 +87,7 @@ def normalize_backward(
     """
     torch.mul(grad, normed, out=scratch)
     torch.sum(scratch, -1, keepdim=True, out=sums)
-    sums.mul_(-share)
+    sums.mul_(means.minus_share)
     torch.addcmul(grad, normed, sums, out=out)
     out.mul_(scale)
 
@@ -74,21 +96,19 @@ class Norm:
     """RMS norm of the workspace `[B, D]`, which may be read by several projections."""
 
     def __init__(self, room: Room, width: int, eps: float) -> None:
-        self.eps, self.share = eps, 1.0 / width
+        self.means = room.mean(width, eps)
         self.normed = room.tape(room.lanes, width)
         self.scale = room.tape(room.lanes, 1)
         self.scratch = room.buffer(room.lanes, width)
         self.sums = room.buffer(room.lanes, 1)
 
     def forward(self, i: int, x: Tensor) -> Tensor:
-        normalize(x, self.normed[i], self.scale[i], self.scratch, share=self.share, eps=self.eps)
+        normalize(x, self.normed[i], self.scale[i], self.scratch, self.means)
         return self.normed[i]
 
     def backward(self, i: int, grad: Tensor, grad_x: Tensor) -> None:
         """Add to `grad_x` the gradient that arrives through the norm; `grad` is overwritten."""
-        normalize_backward(
-            grad, self.normed[i], self.scale[i], self.scratch, self.sums, share=self.share, out=grad
-        )
+        normalize_backward(grad, self.normed[i], self.scale[i], self.scratch, self.sums, self.means, out=grad)
         grad_x.add_(grad)
 
 

@@ -31,6 +31,9 @@ class CortexStep:
         config = layer.config
         self.room, self.config = room, config
         lanes, width = room.lanes, config.embedding_dim
+        self.means = room.mean(config.column_width, config.norm_eps)
+        self.threshold, self.keep_adapted = room.constant(config.threshold), room.constant(config.adaptation_decay)
+        self.inverse_ceiling = room.constant(1.0 / GRADED_CEILING if config.spike == "graded" else 1.0)
         columns = (config.num_columns, lanes, config.column_width)
         alpha = torch.sigmoid(layer.decay_logit).to(room.dtype)
         self.alpha = alpha.view(config.num_columns, 1, config.column_width)
@@ -111,8 +114,7 @@ class CortexStep:
         self._count(self.spikes[after])
 
         spikes, normed = self.spikes[after].transpose(0, 1), self.normed[i]
-        share = 1.0 / self.config.column_width
-        normalize(spikes, normed, self.scale[i], self.scratch, share=share, eps=self.config.norm_eps)
+        normalize(spikes, normed, self.scale[i], self.scratch, self.means)
         silu(gate, out=self.gate.view(gate.shape))
         written = self.out_proj.input[i].view(normed.shape)
         torch.mul(normed, self.gate, out=written)
@@ -132,7 +134,7 @@ class CortexStep:
         voltage.addcmul_(self.alpha, v).baddbmm_(s, self.recurrent)
         excess = self.excess[i]
         torch.sub(voltage, self.adaptation[after], alpha=config.adaptation_strength, out=excess)
-        excess.sub_(config.threshold)
+        excess.sub_(self.threshold)
         if config.spike == "graded":
             torch.clamp(excess, 0.0, GRADED_CEILING, out=self.spikes[after])
         else:  # sign, then the negative ones to 0: a comparison would make a tensor of bools
@@ -141,8 +143,7 @@ class CortexStep:
     def _count(self, spikes: Tensor) -> None:
         scratch = self.column_scratch
         self.num_fired.add_(torch.sign(spikes, out=scratch))
-        ceiling = GRADED_CEILING if self.config.spike == "graded" else 1.0
-        torch.mul(spikes, 1.0 / ceiling, out=scratch)  # at most 1, and 1 exactly at the ceiling
+        torch.mul(spikes, self.inverse_ceiling, out=scratch)  # at most 1, and 1 exactly at the ceiling
         self.num_saturated.add_(scratch.floor_())
 
     def prepare_backward(self, grad_state: CortexState) -> None:
@@ -174,9 +175,8 @@ class CortexStep:
         torch.mul(grad_written, normed, out=self.grad_gate)
         grad_drive, grad_gate = self.in_proj.grad_output[i].chunk(2, dim=-1)
         silu_backward(self.grad_gate.view(gate.shape), gate, grad_input=grad_gate)
-        share = 1.0 / config.column_width
         normalize_backward(
-            self.grad_normed, normed, self.scale[i], self.scratch, self.sums, share=share, out=self.grad_normed
+            self.grad_normed, normed, self.scale[i], self.scratch, self.sums, self.means, out=self.grad_normed
         )
         self.grad_s.add_(self.grad_normed.transpose(0, 1))
         self._retreat(i)
@@ -195,7 +195,7 @@ class CortexStep:
         self.grad_current[i].copy_(self.grad_v)
         torch.bmm(self.grad_v, self.recurrent.transpose(1, 2), out=self.grad_s)
         self.grad_s.add_(self.grad_a, alpha=1.0 - config.adaptation_decay)
-        self.grad_a.mul_(config.adaptation_decay)
+        self.grad_a.mul_(self.keep_adapted)
         self.grad_v.mul_(self.alpha)
 
     def gradients(self) -> list[Tensor]:

@@ -29,6 +29,8 @@ class MemoryStep:
         config = layer.config
         self.room, self.config = room, config
         lanes, heads, width = room.lanes, config.num_heads, config.head_width
+        self.means = room.mean(config.head_width, config.norm_eps)
+        self.sum_of_squares = room.mean(1, config.norm_eps)
         self.norm = Norm(room, config.embedding_dim, config.norm_eps)
         self.in_proj = Projection(room, layer.in_proj.weight.to(room.matmul_dtype))
         self.forget = Projection(room, layer.forget.weight, layer.forget.bias)
@@ -87,7 +89,7 @@ class MemoryStep:
             (key, self.key[i], self.key_scale[i]),
         ):
             silu(raw, out=self.gate)
-            normalize(self.gate, out, scale, self.scratch, share=1.0, eps=self.config.norm_eps)
+            normalize(self.gate, out, scale, self.scratch, self.sum_of_squares)
         self.forget.input[i].copy_(h)
         torch.sigmoid(self.forget.forward(i), out=self.decay[i])
         self.retained[i].copy_(self.decay[i])
@@ -99,8 +101,7 @@ class MemoryStep:
         weight.addcmul_(self.key[i].unsqueeze(-1), written.unsqueeze(-2))
         torch.bmm(self._matrices(weight).transpose(1, 2), self._columns(self.query[i]), out=self._columns(self.read))
 
-        share = 1.0 / self.config.head_width
-        normalize(self.read, self.normed[i], self.scale[i], self.scratch, share=share, eps=self.config.norm_eps)
+        normalize(self.read, self.normed[i], self.scale[i], self.scratch, self.means)
         silu(gate, out=self.gate)
         torch.mul(self.normed[i], self.gate, out=self.out_proj.input[i].view(self.gate.shape))
         x.add_(self.out_proj.forward(i))
@@ -141,9 +142,8 @@ class MemoryStep:
         silu_backward(self.grad_gate, gate, grad_input=grads[3])
         silu(gate, out=self.gate)
         torch.mul(grad_written, self.gate, out=self.grad_read)
-        share = 1.0 / self.config.head_width
         normalize_backward(
-            self.grad_read, normed, self.scale[i], self.scratch, self.sums, share=share, out=self.grad_read
+            self.grad_read, normed, self.scale[i], self.scratch, self.sums, self.means, out=self.grad_read
         )
         self._weight_backward(t, value)
         grads[2].copy_(self.grad_value)
@@ -161,7 +161,7 @@ class MemoryStep:
             (self.grad_query, self.query[i], self.query_scale[i], query, grads[0]),
             (self.grad_key, self.key[i], self.key_scale[i], key, grads[1]),
         ):
-            normalize_backward(grad, normed, scale, self.scratch, self.sums, share=1.0, out=grad)
+            normalize_backward(grad, normed, scale, self.scratch, self.sums, self.sum_of_squares, out=grad)
             silu_backward(grad, raw, grad_input=out)
         self._input_backward(i, grad_x)
 

@@ -20,8 +20,8 @@ class RelayStep:
 
     def __init__(self, room: Room, brain: Brain, embedding: Tensor) -> None:
         self.room, self.embedding, self.taps = room, embedding, brain.thalamus.taps
-        self.eps = brain.config.norm_eps
         self.num_taps, width = self.taps.shape
+        self.means = room.mean(width, brain.config.norm_eps)
         self.num_rows = self.num_taps - 1 + room.num_tokens if room.saved else self.num_taps
         self.rows = room.buffer(self.num_rows, room.lanes, width)
         self.scales = room.buffer(self.num_rows, room.lanes, 1)
@@ -56,8 +56,7 @@ class RelayStep:
 
     def _gather(self, row: int, ids: Tensor) -> None:
         torch.index_select(self.embedding, 0, ids, out=self.gathered)
-        share = 1.0 / self.gathered.shape[-1]
-        normalize(self.gathered, self.rows[row], self.scales[row], self.scratch, share=share, eps=self.eps)
+        normalize(self.gathered, self.rows[row], self.scales[row], self.scratch, self.means)
 
     def _gain(self, t: int, j: int) -> Tensor:
         """w_j where tap j of token t stays inside its document, else 0."""
@@ -87,16 +86,15 @@ class RelayStep:
 
     def _row_backward(self, row: int) -> None:
         grad = self.grad_rows[row]
-        share = 1.0 / grad.shape[-1]
-        normalize_backward(grad, self.rows[row], self.scales[row], self.scratch, self.sums, share=share, out=grad)
+        normalize_backward(grad, self.rows[row], self.scales[row], self.scratch, self.sums, self.means, out=grad)
 
     def gradients(self, input_ids: Tensor) -> list[Tensor]:
         for row in range(self.num_taps - 1):
             self._row_backward(row)
         ids = torch.cat([self.recent_ids, input_ids], dim=1).t().clamp_min(0)
-        grad_embedding = torch.ops.aten.embedding_dense_backward(
-            self.grad_rows, ids, self.embedding.shape[0], -1, False
-        )
+        grad_embedding = torch.zeros(self.embedding.shape, dtype=self.room.dtype, device=self.room.device)
+        # Sorted, and so deterministic, on a GPU too, where index_add_ would add in any order.
+        grad_embedding.index_put_((ids,), self.grad_rows, accumulate=True)
         num_tokens = self.grad_x.shape[0]
         grad_taps = []
         for j in range(self.num_taps):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.sample import Sampling
 from kernels.sample.philox import _MASK, _MULTIPLIER_0, _MULTIPLIER_1, _NUM_ROUNDS, _WEYL_0, _WEYL_1
-from neurogen.modes.preallocated.buffers import Room
+from neurogen.modes.preallocated.buffers import Room, constant
 
 HALF = 0xFFFF
 
@@ -79,8 +79,13 @@ class SampleStep:
         self.threshold = room.buffer(room.lanes, 1, dtype=torch.float32)
         self.log_prob = room.buffer(room.lanes, 1, dtype=torch.float32)
         self.tokens = room.buffer(room.lanes, dtype=torch.int64)
-        self.zero = torch.zeros((), device=room.device)
-        self.small = torch.full((), 1.0 / 64.0, device=room.device)
+        self.penalty, self.temperature, self.top_p = (
+            constant(value, torch.float32)
+            for value in (sampling.repetition_penalty, sampling.temperature, sampling.top_p)
+        )
+        self.zero, self.one, self.quarter, self.third, self.half, self.word, self.small = (
+            constant(value, torch.float32) for value in (0.0, 1.0, 0.25, 1.0 / 3.0, 0.5, 2.0**-32, 1.0 / 64.0)
+        )
         self.seen: Tensor | None = None
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(shape, dtype=torch.bool, device=room.device)
@@ -91,8 +96,8 @@ class SampleStep:
         if sampling.top_p < 1:
             self.order = room.buffer(*shape, dtype=torch.int64)
             self.last = room.buffer(room.lanes, 1, dtype=torch.int64)
-        self.top_p = torch.full((), sampling.top_p, device=room.device)
-        self.log_min_p = torch.log(torch.tensor(sampling.min_p)).to(room.device, non_blocking=True)
+            self.one_place = torch.tensor(1)
+        self.log_min_p = torch.log(torch.tensor(sampling.min_p))
         self.philox = PhiloxStep(room, vocab_size, seed) if sampling.temperature > 0 else None
 
     def draw(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +107,7 @@ class SampleStep:
         scores.copy_(raw)
         self._penalize()
         if self.philox is not None:
-            scores.div_(self.sampling.temperature)
+            scores.div_(self.temperature)
             self._filter()
             scores.sub_(self._log_exponentials(self.philox.draw(positions)))
         torch.argmax(scores, -1, out=self.tokens)
@@ -113,9 +118,8 @@ class SampleStep:
     def _penalize(self) -> None:
         if self.seen is None:
             return
-        penalty = self.sampling.repetition_penalty
-        torch.div(self.scores, penalty, out=self.work)
-        torch.mul(self.scores, penalty, out=self.other)
+        torch.div(self.scores, self.penalty, out=self.work)
+        torch.mul(self.scores, self.penalty, out=self.other)
         torch.gt(self.scores, self.zero, out=self.mask)
         torch.where(self.mask, self.work, self.other, out=self.work)
         torch.where(self.seen, self.work, self.scores, out=self.scores)
@@ -132,7 +136,7 @@ class SampleStep:
             torch.lt(self.other, self.top_p, out=self.mask)
             self.order.copy_(self.mask)
             torch.sum(self.order, -1, keepdim=True, out=self.last)
-            torch.gather(self.work, -1, self.last.sub_(1), out=self.threshold)
+            torch.gather(self.work, -1, self.last.sub_(self.one_place), out=self.threshold)
             self._drop_below(self.threshold)
         if self.sampling.min_p > 0:
             torch.amax(self.scores, -1, keepdim=True, out=self.threshold)
@@ -145,12 +149,12 @@ class SampleStep:
     def _log_exponentials(self, words: Tensor) -> Tensor:
         """log of `kernels.sample.philox.exponential`, in the same order of operations."""
         w, series, exact = self.work, self.other, self.draws
-        w.copy_(words).add_(0.5).mul_(2.0**-32).clamp_max_(1.0 - 2.0**-24)
-        torch.mul(w, 0.25, out=series)
-        for constant in (1.0 / 3.0, 0.5, 1.0):
-            series.add_(constant).mul_(w)
+        w.copy_(words).add_(self.half).mul_(self.word).clamp_max_(1.0 - 2.0**-24)
+        torch.mul(w, self.quarter, out=series)
+        for coefficient in (self.third, self.half, self.one):
+            series.add_(coefficient).mul_(w)
         torch.neg(w, out=exact)
-        exact.add_(1.0).log_().neg_()
+        exact.add_(self.one).log_().neg_()
         torch.lt(w, self.small, out=self.mask)
         torch.where(self.mask, series, exact, out=exact)
         return exact.log_()
