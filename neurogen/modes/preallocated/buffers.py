@@ -139,7 +139,7 @@ class Projection:
 
     def prepare_backward(self) -> None:
         self.grad_output = torch.empty_like(self.output)
-        self.grad_product = torch.empty_like(self.input[0]) if len(self.input) else self.input.new_empty(0)
+        self.grad_product = self.input.new_empty(self.input.shape[1:])
         self.grad_input = self.grad_product.to(self.room.dtype)
 
     def backward(self, i: int) -> Tensor:

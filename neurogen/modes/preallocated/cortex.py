@@ -154,8 +154,8 @@ class CortexStep:
         self.grad_v, self.grad_a, self.grad_s = (
             self._by_column(x).to(self.room.dtype).clone(memory_format=torch.contiguous_format) for x in grad_state
         )
-        self.grad_normed, self.grad_gate = torch.empty_like(self.normed[:1])[0], torch.empty_like(self.normed[:1])[0]
-        self.sums = torch.empty_like(self.scale[:1])[0]
+        self.grad_normed, self.grad_gate = (torch.empty_like(self.gate) for _ in range(2))
+        self.sums = self.scale.new_empty(self.scale.shape[1:])
 
     def backward(self, t: int, grad_x: Tensor, kept: Tensor | None, go: Tensor | None, grad_go: Tensor | None) -> None:
         """Token t in reverse: add to grad_x `[B, D]` what comes through the circuit, and to grad_go `[B, K]`."""

@@ -52,7 +52,7 @@ class _TokenLosses:
         self.proj.prepare_backward()
         grad_output = torch.zeros_like(broca_output, dtype=self.total.dtype)
         weights = (self.counted * scale).unsqueeze(-1)
-        grad_logits = torch.empty_like(self.log_probs[:1]).squeeze(0)
+        grad_logits = self.log_probs.new_empty(self.log_probs.shape[1:])
         for t in range(broca_output.shape[0]):
             torch.exp(self.log_probs[t], out=grad_logits)
             grad_logits.scatter_add_(1, self.targets[t], self.minus_one).mul_(weights[t])
