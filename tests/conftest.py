@@ -4,9 +4,10 @@ with weights that make every path matter."""
 from collections.abc import Callable
 from typing import Any
 
-import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 import pytest
 import torch
+
+import kernels.launch  # noqa: F401  first: it chooses the interpreter
 
 torch.set_num_threads(1)
 

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 import torch
 import triton
 from torch import Tensor
 
+import kernels.launch  # noqa: F401  first: it chooses the interpreter
 from kernels.cortex.parameter_gradient import ROWS_FINISHED, finish_kernel, slice_kernel
 from kernels.cortex.reference import CortexOutput, CortexState
 from kernels.cortex.scan import cortex_backward_kernel, cortex_forward_kernel

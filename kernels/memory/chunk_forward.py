@@ -56,9 +56,7 @@ def triangular_inverse_kernel(
     write = sigmoid(tl.load(write_ptr + rows * write_stride_t, mask=is_token, other=0.0).to(tl.float32))
     forget_ptr += i_b * forget_stride_b + i_h * forget_stride_h + first * forget_stride_t
     start_ptr += i_b * start_stride_b + first * start_stride_t
-    coarse, fine, _, _ = chunk_decay(
-        forget_ptr, forget_stride_t, start_ptr, start_stride_t, rows, is_token, HAS_STARTS
-    )
+    coarse, fine, _, _ = chunk_decay(forget_ptr, forget_stride_t, start_ptr, start_stride_t, rows, is_token, HAS_STARTS)
     between = decay_between(coarse, fine, rows[:, None] > rows[None, :])
     overlap = tl.dot(key, tl.trans(key), input_precision="ieee") * between * write[:, None]
 

@@ -113,9 +113,7 @@ def _entropy(logits: Tensor) -> float:
 
 
 @contextmanager
-def _watching(
-    model: NeuroGen, hidden: dict[str, list[Tensor]], forgotten: dict[str, list[Tensor]]
-) -> Iterator[None]:
+def _watching(model: NeuroGen, hidden: dict[str, list[Tensor]], forgotten: dict[str, list[Tensor]]) -> Iterator[None]:
     """Collect the workspace after every region's layer, `[1, 1, D]` a token, and every memory's forget logits `[1, H]`."""
     handles = []
 

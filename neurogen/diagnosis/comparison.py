@@ -53,10 +53,16 @@ def comparison(result: dict[str, Any], task: str = "train") -> str:
     """
     rows = [row for row in result["rows"] if row["task"] == task]
     if not rows:
-        raise UserError(f"the result has no task {task!r}; it has {', '.join(sorted({r['task'] for r in result['rows']}))}")
+        raise UserError(
+            f"the result has no task {task!r}; it has {', '.join(sorted({r['task'] for r in result['rows']}))}"
+        )
     lines = [*EARLIER, *(_line(row) for row in rows)]
     header = [cell.format(tokens=rows[0]["tokens"]) for cell in HEADER]
-    table = [_markdown(header), _markdown(["---", *["---:"] * (len(header) - 1)]), *(_markdown(_cells(x)) for x in lines)]
+    table = [
+        _markdown(header),
+        _markdown(["---", *["---:"] * (len(header) - 1)]),
+        *(_markdown(_cells(x)) for x in lines),
+    ]
     return "\n".join([*table, "", _caption(result, rows[0], task)]) + "\n"
 
 

@@ -117,7 +117,7 @@ class OperationCounter(TorchDispatchMode):
         return out
 
     def _count_copy(self, source: Tensor, out: Tensor, blocking: bool) -> None:
-        if source.device.type == out.device.type or source.dim() == 0 and source.device.type == "cpu":
+        if source.device.type == out.device.type or (source.dim() == 0 and source.device.type == "cpu"):
             return
         direction = "device_to_host" if out.device.type == "cpu" else "host_to_device"
         self.copies[direction] += 1

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from kernels.decode import DecodeOutput
 from kernels.sample import SampleOutput, Sampling
 from neurogen.brain import Brain, BrainOutput, BrainState, Decoder, TokenEmbedding
 from neurogen.errors import UserError
+from neurogen.modes.fused import FusedMode
 from neurogen.modes.naive import NaiveMode
 from neurogen.modes.pointer import PointerMode
 from neurogen.modes.preallocated import PreallocatedMode
@@ -18,8 +20,6 @@ from neurogen.modes.unfused import UnfusedMode
 if TYPE_CHECKING:
     from neurogen.generation import Generation, Request
     from neurogen.model import NeuroGen
-
-MODES = ("naive", "pointer", "preallocated", "unfused", "fused")
 
 
 class Mode(Protocol):
@@ -65,26 +65,27 @@ class Mode(Protocol):
         ...
 
 
-_BUILT: dict[str, type[Mode]] = {
-    mode.name: mode for mode in (NaiveMode, PointerMode, PreallocatedMode, UnfusedMode)
+_BY_NAME: dict[str, type[Mode]] = {
+    mode.name: mode for mode in (NaiveMode, PointerMode, PreallocatedMode, UnfusedMode, FusedMode)
 }
 
 
+MODES = tuple(_BY_NAME)
+
+
 def resolve_mode(name: str) -> str:
-    """The mode a name stands for; `auto` is the fastest one there is.
+    """The mode a name stands for; `auto` is fused where there is a CUDA GPU, and unfused elsewhere.
 
     Raises:
-        UserError: the name is unknown, or that mode is not built yet.
+        UserError: the name is unknown.
     """
     if name == "auto":
-        return "unfused"
+        return "fused" if torch.cuda.is_available() else "unfused"
     if name not in MODES:
         raise UserError(f"mode is {name!r}; choose one of auto, {', '.join(MODES)}")
-    if name not in _BUILT:
-        raise UserError(f"mode={name} is not built yet; use mode={' or mode='.join(_BUILT)}")
     return name
 
 
 def make_mode(name: str) -> Mode:
     """The mode called `name`; raises UserError as `resolve_mode` does."""
-    return _BUILT[resolve_mode(name)]()
+    return _BY_NAME[resolve_mode(name)]()

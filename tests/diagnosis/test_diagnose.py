@@ -160,7 +160,7 @@ def test_tokenization_rates(make_model: Callable[..., NeuroGen], monkeypatch: py
     monkeypatch.setattr("neurogen.diagnosis.tokenization.MEASURE_SECONDS", 0.05)
     ids = torch.zeros(1, 4, dtype=torch.int64)
 
-    def batches(seconds: float):  # noqa: ANN202
+    def batches(seconds: float):
         import time
 
         while True:
