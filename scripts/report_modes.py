@@ -1,7 +1,7 @@
 """Turn a result of scripts/diagnose.py into the table of README.md: every mode beside the system this one grew from.
 
-    python scripts/diagnose.py model=base
-    python scripts/report_modes.py runs/diagnosis/modes-base.json            # train; or generate as a second word
+python scripts/diagnose.py model=base
+python scripts/report_modes.py runs/diagnosis/modes-base.json            # train; or generate as a second word
 """
 
 import sys

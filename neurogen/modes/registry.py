@@ -65,9 +65,7 @@ class Mode(Protocol):
         ...
 
 
-_BUILT: dict[str, type[Mode]] = {
-    mode.name: mode for mode in (NaiveMode, PointerMode, PreallocatedMode, UnfusedMode)
-}
+_BUILT: dict[str, type[Mode]] = {mode.name: mode for mode in (NaiveMode, PointerMode, PreallocatedMode, UnfusedMode)}
 
 
 def resolve_mode(name: str) -> str:

@@ -36,9 +36,7 @@ class UnfusedMode:
         document_start: Tensor | None,
     ) -> BrainOutput:
         with stage("embed"):
-            x, recent_ids = brain.thalamus(
-                input_ids, embedding.weight, state.recent_ids, document_start, self.backend
-            )
+            x, recent_ids = brain.thalamus(input_ids, embedding.weight, state.recent_ids, document_start, self.backend)
         with stage("cognitive_step"):
             return brain.think(x, recent_ids, state, document_start, backend=self.backend)
 

@@ -55,9 +55,7 @@ def test_step_is_a_sequence_of_one(config: dict[str, Any], make_model: Callable[
 
 
 @pytest.mark.parametrize("config", KINDS)
-def test_packed_documents_are_separate_documents(
-    config: dict[str, Any], make_model: Callable[..., NeuroGen]
-) -> None:
+def test_packed_documents_are_separate_documents(config: dict[str, Any], make_model: Callable[..., NeuroGen]) -> None:
     """Three documents in one lane give what each gives alone, whatever the lane had read before."""
     model = make_model(**config)
     lengths = [4, 1, 6]
@@ -180,9 +178,7 @@ def test_a_tied_embedding_is_one_weight(make_model: Callable[..., NeuroGen]) -> 
 
 
 def test_parameters_and_flops_counted_by_hand() -> None:
-    config = BrainConfig(
-        embedding_dim=128, column_width=64, head_width=32, hippocampus_depth=2, memory_rule="delta"
-    )
+    config = BrainConfig(embedding_dim=128, column_width=64, head_width=32, hippocampus_depth=2, memory_rule="delta")
     model = NeuroGen(config, vocab_size=257)
     d, m, v, c, h, n = 128, 320, 257, 64, 4, 32
     mlp = 2 * d * m + m * d

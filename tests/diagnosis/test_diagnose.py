@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,7 +73,7 @@ def test_a_file_that_is_no_result_is_refused(tmp_path: Path, result_path: Path) 
     with pytest.raises(UserError, match="is not a result file"):
         load_result(tmp_path / "cut.json")
     (tmp_path / "other.json").write_text("[]")
-    with pytest.raises(UserError, match="no result of scripts/diagnose.py"):
+    with pytest.raises(UserError, match="no result of scripts/diagnose"):
         load_result(tmp_path / "other.json")
     with pytest.raises(UserError, match="no task 'dream'; it has generate, train"):
         comparison(load_result(result_path), "dream")
@@ -160,9 +161,7 @@ def test_tokenization_rates(make_model: Callable[..., NeuroGen], monkeypatch: py
     monkeypatch.setattr("neurogen.diagnosis.tokenization.MEASURE_SECONDS", 0.05)
     ids = torch.zeros(1, 4, dtype=torch.int64)
 
-    def batches(seconds: float):  # noqa: ANN202
-        import time
-
+    def batches(seconds: float) -> Iterator[SimpleNamespace]:
         while True:
             time.sleep(seconds)
             yield SimpleNamespace(input_ids=ids, target_ids=ids)

@@ -54,7 +54,7 @@ def sequence(case: Case, model: NeuroGen) -> tuple[Tensor, Tensor, Tensor | None
 
 
 def run(model: NeuroGen, mode: str, case: Case) -> dict[str, Tensor]:
-    """Everything a training step sees: outputs, and gradients of a loss that also weighs the final state and the gates."""
+    """Everything a training step sees: outputs, and gradients of a loss that also weighs the final state."""
     ids, targets, starts, state = sequence(case, model)
     device = model.device
     model.set_mode(mode)
@@ -187,7 +187,8 @@ def test_only_some_weights_train(make_model: Callable[..., NeuroGen]) -> None:
         model.brain.wernicke[0].in_proj.weight.requires_grad_(True)
         ids = torch.randint(11, (1, 4), generator=torch.Generator().manual_seed(2))
         model(ids, target_ids=ids).loss.backward()
-        assert [name for name, p in model.named_parameters() if p.grad is not None] == ["brain.wernicke.0.in_proj.weight"]
+        trained = [name for name, p in model.named_parameters() if p.grad is not None]
+        assert trained == ["brain.wernicke.0.in_proj.weight"]
         gradients.append(model.brain.wernicke[0].in_proj.weight.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-12)
 

@@ -79,7 +79,8 @@ def test_no_generated_token_allocates(settings: dict[str, Any], make_model: Call
     prompt = torch.zeros(2, 3, dtype=torch.int64)
     model.generate(prompt, max_new_tokens=2, **settings)
     few, many = (
-        count_host_allocations(lambda n=n: model.generate(prompt, max_new_tokens=n, stop=(5,), **settings)) for n in (4, 12)
+        count_host_allocations(lambda n=n: model.generate(prompt, max_new_tokens=n, stop=(5,), **settings))
+        for n in (4, 12)
     )
     assert few[0] == many[0]
     assert many[1] - few[1] == 8 * 2 * (8 + 4)  # the longer rows of tokens and log-probabilities alone

@@ -108,9 +108,7 @@ def test_one_token_after_one_token(mode: str, make_model: Callable[..., NeuroGen
         ({"stop": (11,)}, "stop has token id 11"),
     ],
 )
-def test_refuses_what_cannot_be(
-    change: dict[str, Any], message: str, make_model: Callable[..., NeuroGen]
-) -> None:
+def test_refuses_what_cannot_be(change: dict[str, Any], message: str, make_model: Callable[..., NeuroGen]) -> None:
     settings: dict[str, Any] = {"input_ids": prompt(), "max_new_tokens": 2} | change
     with pytest.raises(UserError, match=message):
         make_model().generate(settings.pop("input_ids"), **settings)

@@ -159,7 +159,7 @@ class CortexStep:
 
     def backward(self, t: int, grad_x: Tensor, kept: Tensor | None, go: Tensor | None, grad_go: Tensor | None) -> None:
         """Token t in reverse: add to grad_x `[B, D]` what comes through the circuit, and to grad_go `[B, K]`."""
-        i, before, after = self._slots(t)
+        i = t % self.excess.shape[0]
         config = self.config
         self.out_proj.grad_output(i).copy_(grad_x)
         grad_written = self.out_proj.backward(i).view(self.gate.shape)

@@ -73,7 +73,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[None, Tensor, Tensor]:
-        broca_output, weight = ctx.saved_tensors
+        broca_output, _ = ctx.saved_tensors
         grad_output, grad_weight = ctx.losses.backward(broca_output, grad)
         return None, grad_output, grad_weight
 

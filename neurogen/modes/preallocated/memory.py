@@ -166,7 +166,7 @@ class MemoryStep:
         self._input_backward(i, grad_x)
 
     def _weight_backward(self, t: int, value: Tensor) -> None:
-        """From the gradient at the read and at S_t to those at q, k, v and the retained weights P = retained S_{t-1}."""
+        """From the gradient at the read and at S_t to those at q, k, v and P, the retained part of S_{t-1}."""
         i, before, after = self._slots(t)
         weight, grad = self.fast_weight[after], self.grad_weight
         matrices = self._matrices(grad)
@@ -185,9 +185,7 @@ class MemoryStep:
         # The error v - P^T k has gradient beta du, which goes to v as it is and to P^T k with the other sign.
         torch.mul(self.grad_error, self.write_rate[i], out=self.grad_value)
         torch.mul(self.fast_weight[before], self.retained[i][..., None, None], out=self.product)
-        self._columns(self.grad_key).baddbmm_(
-            self._matrices(self.product), self._columns(self.grad_value), alpha=-1.0
-        )
+        self._columns(self.grad_key).baddbmm_(self._matrices(self.product), self._columns(self.grad_value), alpha=-1.0)
         grad.addcmul_(self.key[i].unsqueeze(-1), self.grad_value.unsqueeze(-2), value=-1.0)
 
     def _input_backward(self, i: int, grad_x: Tensor) -> None:

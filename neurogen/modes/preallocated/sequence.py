@@ -27,9 +27,7 @@ def make_room(brain: Brain, embedding: Tensor, lanes: int, num_tokens: int, *, s
 class _Pass:
     """One sequence: its inputs, its buffers, and the two directions."""
 
-    def __init__(
-        self, steps: BrainSteps, input_ids: Tensor, state: BrainState, document_start: Tensor | None
-    ) -> None:
+    def __init__(self, steps: BrainSteps, input_ids: Tensor, state: BrainState, document_start: Tensor | None) -> None:
         self.steps, self.input_ids, self.state = steps, input_ids, state
         self.ids = input_ids.t().contiguous()
         self.kept = None if document_start is None else (~document_start).t().to(steps.room.dtype)

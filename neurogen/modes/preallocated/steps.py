@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kernels.cortex import CortexState
@@ -33,9 +32,7 @@ class BrainSteps:
         self.mlps: dict[str, SwiGLUStep] = {}
         for name, layer in brain.layers().items():
             assert isinstance(layer, CortexLayer | MemoryLayer)
-            self.circuits[name] = (
-                CortexStep(room, layer) if isinstance(layer, CortexLayer) else MemoryStep(room, layer)
-            )
+            self.circuits[name] = CortexStep(room, layer) if isinstance(layer, CortexLayer) else MemoryStep(room, layer)
             self.mlps[name] = SwiGLUStep(room, layer.mlp, brain.config.norm_eps)
         self.gates = None if brain.basal_ganglia is None else GoStep(room, brain.basal_ganglia)
 
