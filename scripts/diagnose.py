@@ -1,12 +1,12 @@
 """Show what each mode of the model costs on this machine, and what the brain does.
 
-    python scripts/diagnose.py                                     # nano, all modes, 500 tokens: time, memory, copies, stages
+    python scripts/diagnose.py                                     # nano, all modes, 500 tokens: time, memory, copies
     python scripts/diagnose.py model=base mode=naive,unfused sequence=64
     python scripts/diagnose.py what=activity text=notes.txt        # firing rates, Go rate, half-lives, entropy, raster
     python scripts/diagnose.py what=tokenization                   # does text arrive as fast as the model reads it?
 
-Prints tables and writes a JSON file and, but for tokenization, a plot to runs/diagnosis, or to out=<folder>. All settings:
-neurogen/diagnosis/options.py.
+Prints tables and writes a JSON file and, but for tokenization, a plot to runs/diagnosis, or to out=<folder>. All
+settings: neurogen/diagnosis/options.py.
 """
 
 import os

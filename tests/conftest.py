@@ -1,6 +1,7 @@
-"""Shared by all tests: kernels run in Triton's interpreter where there is no GPU, GPU tests skip there, and one small model
-with weights that make every path matter."""
+"""Shared by all tests: kernels run in Triton's interpreter where there is no GPU, and GPU tests skip there; one small
+model with weights that make every path matter."""
 
+import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 from collections.abc import Callable
 from typing import Any
 

@@ -28,9 +28,9 @@ class Activity:
         spikes: per cortex layer `[T, D]`, on the CPU.
         firing_rate, silent, saturated: per cortex layer, shares in [0, 1] as in `neurogen.brain.health`.
         go_rate: per Broca column `[K]`, mean gate; empty without basal ganglia.
-        half_lives: per memory layer `[H]`, tokens: median over time of the half-life each head's forgetting stands for.
-        entropy: after the thalamus and each layer, mean entropy in nats of the softmax the decoder would give there. Its
-            last entry is the model's own; ln(V) is no knowledge at all.
+        half_lives: per memory layer `[H]`, tokens: median over time of the half-life each head's forgetting has.
+        entropy: after the thalamus and each layer, mean entropy in nats of the softmax the decoder would give there.
+            Its last entry is the model's own; ln(V) is no knowledge at all.
         loss: mean cross-entropy in nats of the next token.
     """
 
@@ -114,7 +114,7 @@ def _entropy(logits: Tensor) -> float:
 
 @contextmanager
 def _watching(model: NeuroGen, hidden: dict[str, list[Tensor]], forgotten: dict[str, list[Tensor]]) -> Iterator[None]:
-    """Collect the workspace after every region's layer, `[1, 1, D]` a token, and every memory's forget logits `[1, H]`."""
+    """Collect the workspace after every layer, `[1, 1, D]` a token, and every memory's forget logits, `[1, H]`."""
     handles = []
 
     def watch(name: str, module: nn.Module) -> None:

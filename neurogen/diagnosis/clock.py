@@ -17,8 +17,8 @@ OTHER = "other"
 class StageClock:
     """Times the stages of the work done while it is entered; every moment belongs to exactly one, so that they add up.
 
-    Time between the start and the end of a stage is its own, less that of stages inside it; the rest is `other`. On a GPU
-    the marks are events in its stream, read once at the end, and the time is the device's.
+    Time between the start and the end of a stage is its own, less that of stages inside it; the rest is `other`. On a
+    GPU the marks are events in its stream, read once at the end, and the time is the device's.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,11 +43,7 @@ class StageClock:
             torch.cuda.synchronize()
         self.seconds = dict.fromkeys((*STAGES, OTHER), 0.0)
         for (name, start), (_, end) in zip(self._marks, self._marks[1:]):
-            if isinstance(start, float):
-                assert isinstance(end, float)
-                self.seconds[name] += end - start
-            else:
-                self.seconds[name] += start.elapsed_time(end) / 1000.0
+            self.seconds[name] += _seconds_between(start, end)
 
     @property
     def total(self) -> float:
@@ -71,3 +67,11 @@ class StageClock:
             moment = torch.cuda.Event(enable_timing=True)
             moment.record()
         self._marks.append((self._stack[-1], moment))
+
+
+def _seconds_between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    if isinstance(start, float):
+        assert isinstance(end, float)
+        return end - start
+    assert not isinstance(end, float)
+    return start.elapsed_time(end) / 1000.0

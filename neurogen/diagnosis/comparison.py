@@ -53,16 +53,12 @@ def comparison(result: dict[str, Any], task: str = "train") -> str:
     """
     rows = [row for row in result["rows"] if row["task"] == task]
     if not rows:
-        raise UserError(
-            f"the result has no task {task!r}; it has {', '.join(sorted({r['task'] for r in result['rows']}))}"
-        )
+        tasks = sorted({row["task"] for row in result["rows"]})
+        raise UserError(f"the result has no task {task!r}; it has {', '.join(tasks)}")
     lines = [*EARLIER, *(_line(row) for row in rows)]
     header = [cell.format(tokens=rows[0]["tokens"]) for cell in HEADER]
-    table = [
-        _markdown(header),
-        _markdown(["---", *["---:"] * (len(header) - 1)]),
-        *(_markdown(_cells(x)) for x in lines),
-    ]
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    table = [_markdown(cells) for cells in (header, rule, *(_cells(line) for line in lines))]
     return "\n".join([*table, "", _caption(result, rows[0], task)]) + "\n"
 
 
@@ -91,7 +87,7 @@ def _caption(result: dict[str, Any], row: dict[str, Any], task: str) -> str:
     lanes = "" if row["lanes"] == 1 else f" in {row['lanes']} lanes"
     scale = "" if row["tokens"] == EARLIER_TOKENS else f" The earlier system's times are for {EARLIER_TOKENS} tokens."
     return (
-        f"`{task}` of `model={result['model']}` (width {result['embedding_dim']}, {result['precision']}), {row['tokens']} tokens"
-        f"{lanes}, on {place['device']}, torch {place['torch']}. CPU: 100 is one core. MB churned: bytes that torch's "
-        f"allocators on host and device handed out.{scale}"
+        f"`{task}` of `model={result['model']}` (width {result['embedding_dim']}, {result['precision']}), "
+        f"{row['tokens']} tokens{lanes}, on {place['device']}, torch {place['torch']}. CPU: 100 is one core. "
+        f"MB churned: bytes that torch's allocators on host and device handed out.{scale}"
     )

@@ -33,8 +33,8 @@ class Counts:
 
     Arguments:
         operations: torch operations dispatched.
-        synchronisations: times the host waited for a device value: item, tolist, bool, int and float of a tensor, blocking
-            copies between devices, operations whose shape depends on values. Without a GPU, what would be one.
+        synchronisations: times the host waited for a device value: item, tolist, bool, int and float of a tensor,
+            blocking copies between devices, operations whose shape depends on values. Without a GPU, what would be one.
         host_to_device_copies, host_to_device_bytes, device_to_host_copies, device_to_host_bytes: of tensors.
         host_allocations, host_bytes: by torch's host allocator, freed or not: what is churned.
         python_peak_bytes: growth of the Python heap's peak (tracemalloc).
@@ -98,7 +98,7 @@ class OperationCounter(TorchDispatchMode):
         self._others.close()
 
     def host_copy(self, direction: str, num_bytes: int, device: torch.device) -> None:
-        """A copy made by `neurogen.probes`. On a GPU the dispatcher shows it too, so that it counts here on the CPU alone."""
+        """A copy made by `neurogen.probes`, counted here on a CPU alone: on a GPU the dispatcher shows it too."""
         if device.type == "cpu":
             self.copies[direction] += 1
             self.copied_bytes[direction] += num_bytes
@@ -117,7 +117,8 @@ class OperationCounter(TorchDispatchMode):
         return out
 
     def _count_copy(self, source: Tensor, out: Tensor, blocking: bool) -> None:
-        if source.device.type == out.device.type or (source.dim() == 0 and source.device.type == "cpu"):
+        number = source.dim() == 0 and source.device.type == "cpu"  # goes along as an argument of a kernel
+        if source.device.type == out.device.type or number:
             return
         direction = "device_to_host" if out.device.type == "cpu" else "host_to_device"
         self.copies[direction] += 1
@@ -155,7 +156,7 @@ def _profile(activities: list[ProfilerActivity], *, memory: bool) -> AbstractCon
 
 
 def count_device_allocations(work: Callable[[], object]) -> tuple[int, int, int]:
-    """How often, and for how many bytes, `work` asks torch's caching allocator; and bytes it asks of the driver in turn."""
+    """How often, and for how many bytes, `work` asks torch's caching allocator; and bytes that asks of the driver."""
     keys = ("allocation.all.allocated", "allocated_bytes.all.allocated", "reserved_bytes.all.allocated")
     before = torch.cuda.memory_stats()
     work()

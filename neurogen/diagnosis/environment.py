@@ -34,8 +34,8 @@ def missing_instruments(device: torch.device) -> list[str]:
     """What is not in the tables on this machine, and why, a sentence each."""
     if device.type != "cuda":
         return [
-            "no CUDA GPU: no GPU use, GPU memory, device allocations or kernel launches; operations are counted in their place, "
-            "and synchronisations are the places where the host would wait for one"
+            "no CUDA GPU: no GPU use, GPU memory, device allocations or kernel launches; operations are counted in "
+            "their place, and synchronisations are the places where the host would wait for one"
         ]
     if gpu_library() is None:
         return ["nvidia-ml-py is not installed or finds no driver: no GPU use (pip install nvidia-ml-py)"]

@@ -78,7 +78,8 @@ def measure_mode(
     Arguments:
         model: on its device; its weights are trained a few steps by the task `train`.
         mode: a mode's name.
-        task: one of TASKS. `train` is `NeuroGen.train_step`; `generate` continues the first id by T tokens and reads them.
+        task: one of TASKS. `train` is `NeuroGen.train_step`; `generate` continues the first id by T tokens and reads
+            them.
         input_ids: `[B, T + 1]` int64 on the model's device.
         counted_tokens: at most this many tokens are counted, since counting is slow.
         bf16: run under torch.autocast in bfloat16.

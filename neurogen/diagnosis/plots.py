@@ -44,13 +44,14 @@ def plot_activity(activity: Activity, path: Path) -> None:
     grid = figure.add_gridspec(len(rows), 2, height_ratios=heights)
     for i, (name, spikes) in enumerate(activity.spikes.items()):
         axis = figure.add_subplot(grid[i, :])
-        image = axis.imshow(spikes[:, :MAX_NEURONS].T, aspect="auto", interpolation="nearest", cmap="magma", vmin=0)
+        raster = spikes[:, :MAX_NEURONS].T.numpy()
+        image = axis.imshow(raster, aspect="auto", interpolation="nearest", cmap="magma", vmin=0)
         figure.colorbar(image, ax=axis, label="spike")
         rate = 100 * activity.firing_rate[name]
         axis.set(xlabel="token", ylabel="neuron", title=f"{name}: {rate:.1f} % fire")
     lives = figure.add_subplot(grid[-1, 0])
     for name, values in activity.half_lives.items():
-        lives.plot(values.sort().values, marker="o", label=name)
+        lives.plot(values.sort().values.numpy(), marker="o", label=name)
     lives.set(xlabel="head, by half-life", ylabel="tokens", yscale="log", title="memory half-lives")
     if activity.half_lives:
         lives.legend(fontsize="small")

@@ -74,15 +74,9 @@ def stage_table(rows: Sequence[Row], task: str) -> Table:
 def activity_table(activity: Row) -> Table:
     """A line a region's layer."""
     table = Table(title=f"activity; loss {activity['loss']:.3f} nats a token")
-    for header in (
-        "layer",
-        "firing rate",
-        "silent",
-        "saturated",
-        "half-life (least, median, most)",
-        "entropy after it",
-    ):
-        table.add_column(header, justify="left" if header == "layer" else "right")
+    table.add_column("layer")
+    for header in ("firing rate", "silent", "saturated", "half-life (least, median, most)", "entropy after it"):
+        table.add_column(header, justify="right")
     for name, entropy in activity["entropy"].items():
         lives = activity["half_lives"].get(name)
         shares = (activity[key].get(name) for key in ("firing_rate", "silent", "saturated"))

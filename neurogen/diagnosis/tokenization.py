@@ -40,8 +40,8 @@ def measure_tokenization(
         batches: an endless iterator whose ids fit the model.
 
     Returns:
-        `tokenizer`, `pipeline`, `model` in tokens a second, and `pipeline_share`: the time to serve a batch over the time
-        to train on it.
+        `tokenizer`, `pipeline`, `model` in tokens a second, and `pipeline_share`: the time to serve a batch over the
+        time to train on it.
     """
     encoded = _rate(lambda: len(tokenizer.encode(text[:TEXT_BYTES])))
     served = _rate(lambda: next(batches).input_ids.numel())

@@ -168,9 +168,13 @@ def token_loop(model: NeuroGen, request: Request, reader: Reader) -> Generation:
             break
         read = next_ids[:, None]
     num_missing = request.max_new_tokens - len(tokens)
-    tokens += [last] * num_missing
-    log_probs += [torch.zeros_like(log_probs[0])] * num_missing
-    return Generation(torch.stack(tokens, 1), torch.stack(log_probs, 1), lengths, state)
+    filling = last[:, None].expand(-1, num_missing)
+    return Generation(
+        tokens=torch.cat([torch.stack(tokens, 1), filling], dim=1),
+        log_probs=torch.nn.functional.pad(torch.stack(log_probs, 1), (0, num_missing)),
+        lengths=lengths,
+        state=state,
+    )
 
 
 def freeze_lanes(done: Tensor, before: BrainState, after: BrainState) -> BrainState:

@@ -75,7 +75,7 @@ def test_host_allocations_are_counted_with_what_operations_hide() -> None:
     buffer = torch.empty(7, 7)
     assert count_host_allocations(lambda: torch.mul(x, x, out=buffer)) == (0, 0)
     num, _ = count_host_allocations(lambda: buffer.add_(1.5))  # the number becomes a tensor
-    assert num == 1
+    assert num >= 1
 
 
 def test_naive_copies_vectors_and_waits_once_a_token(make_model: Callable[..., NeuroGen]) -> None:
@@ -120,18 +120,26 @@ def test_count_gathers_every_instrument(make_model: Callable[..., NeuroGen]) -> 
     assert counts.kernel_launches is None
 
 
-def test_stages_add_up_and_nested_ones_are_taken_out() -> None:
+def test_stages_add_up_and_nested_ones_are_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("neurogen.diagnosis.clock.time.perf_counter", lambda: now[0])
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
     with StageClock(CPU) as clock:
-        time.sleep(0.02)
+        spend(1.0)
         with stage("cognitive_step"):
-            time.sleep(0.04)
+            spend(2.0)
             with stage("decode"):
-                time.sleep(0.06)
-    assert clock.seconds[OTHER] == pytest.approx(0.02, abs=0.015)
-    assert clock.seconds["cognitive_step"] == pytest.approx(0.04, abs=0.015)
-    assert clock.seconds["decode"] == pytest.approx(0.06, abs=0.015)
-    assert clock.total == pytest.approx(0.12, abs=0.04)
-    assert clock.total == sum(clock.seconds.values())
+                spend(4.0)
+            spend(8.0)
+        spend(16.0)
+        with stage("decode"):
+            spend(32.0)
+    expected = dict.fromkeys(STAGES, 0.0) | {OTHER: 17.0, "cognitive_step": 10.0, "decode": 36.0}
+    assert clock.seconds == expected
+    assert clock.total == 63.0
 
 
 def test_nobody_listens_after_the_clock_has_stopped() -> None:

@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ def result_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny = BrainConfig(embedding_dim=8, column_width=4, head_width=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(options_module.SIZES, "nano", tiny)
-        words = ["mode=naive,preallocated", "sequence=12", "counted_tokens=8", "vocab_size=7", f"out={folder}"]
+        words = ["mode=naive,preallocated", "sequence=8", "counted_tokens=4", "vocab_size=7", f"out={folder}"]
         console = Console(file=io.StringIO(), width=120)
         path = diagnose(parse_options(words), console)
         text = console.file.getvalue()
@@ -46,7 +47,7 @@ def test_writes_json_a_plot_and_tables(result_path: Path) -> None:
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
         assert sum(row["stage_seconds"].values()) == pytest.approx(row["clocked_seconds"])
     naive, preallocated = result["rows"][:2]
-    assert naive["counts"]["synchronisations"] - naive["counts_of_half"]["synchronisations"] == 4
+    assert naive["counts"]["synchronisations"] - naive["counts_of_half"]["synchronisations"] == 2
     assert preallocated["counts"]["host_allocations"] == preallocated["counts_of_half"]["host_allocations"]
     assert naive["churned_megabytes"] > preallocated["churned_megabytes"]
     assert (result_path.parent / "modes-nano.png").read_bytes().startswith(b"\x89PNG")
@@ -57,12 +58,12 @@ def test_writes_json_a_plot_and_tables(result_path: Path) -> None:
 
 def test_the_comparison_has_the_earlier_system_and_ours(result_path: Path) -> None:
     table = comparison(load_result(result_path), "train").splitlines()
-    assert table[0] == "|  | time for 12 tokens | tokens/s | CPU % | GPU % | MB churned per sequence |"
+    assert table[0] == "|  | time for 8 tokens | tokens/s | CPU % | GPU % | MB churned per sequence |"
     assert table[2] == "| earlier system, measured | 50 s | 10 | 100 | 10 | - |"
     assert table[3] == "| earlier system, planned | 0.2 s | 2,500 | 15 | 90 | 0.01 |"
     assert table[4].startswith("| `mode=naive` | ")
     assert table[5].startswith("| `mode=preallocated` | ")
-    assert "12 tokens" in table[-1]
+    assert "8 tokens" in table[-1]
 
 
 def test_a_file_that_is_no_result_is_refused(tmp_path: Path, result_path: Path) -> None:
@@ -72,7 +73,7 @@ def test_a_file_that_is_no_result_is_refused(tmp_path: Path, result_path: Path) 
     with pytest.raises(UserError, match="is not a result file"):
         load_result(tmp_path / "cut.json")
     (tmp_path / "other.json").write_text("[]")
-    with pytest.raises(UserError, match="no result of scripts/diagnose.py"):
+    with pytest.raises(UserError, match="no result of scripts/diagnose"):
         load_result(tmp_path / "other.json")
     with pytest.raises(UserError, match="no task 'dream'; it has generate, train"):
         comparison(load_result(result_path), "dream")
@@ -160,9 +161,7 @@ def test_tokenization_rates(make_model: Callable[..., NeuroGen], monkeypatch: py
     monkeypatch.setattr("neurogen.diagnosis.tokenization.MEASURE_SECONDS", 0.05)
     ids = torch.zeros(1, 4, dtype=torch.int64)
 
-    def batches(seconds: float):
-        import time
-
+    def batches(seconds: float) -> Iterator[SimpleNamespace]:
         while True:
             time.sleep(seconds)
             yield SimpleNamespace(input_ids=ids, target_ids=ids)

@@ -115,6 +115,8 @@ class Norm:
 class Projection:
     """y = W x + b, a token at a time; inputs and outputs stay for the reverse pass.
 
+    Write x to `input(i)` and call `forward(i)`; in reverse, write the gradient at y to `grad_output(i)` and call
+    `backward(i)`. All these are in the room's type; if the weight has another, the product is done in the weight's.
     The weight's gradient is one product over all tokens at the end, since the buffers hold them all.
 
     Arguments:
@@ -124,32 +126,50 @@ class Projection:
 
     def __init__(self, room: Room, weight: Tensor, bias: Tensor | None = None) -> None:
         self.room, self.weight, self.bias = room, weight, bias
-        self.input = room.tape(room.lanes, weight.shape[1], dtype=weight.dtype)
-        self.output = room.tape(room.lanes, weight.shape[0], dtype=weight.dtype)
+        self.converts = weight.dtype != room.dtype
+        self.rows = room.tape(room.lanes, weight.shape[1], dtype=weight.dtype)
+        self.output = room.tape(room.lanes, weight.shape[0])
+        self.staged_input = room.buffer(room.lanes, weight.shape[1]) if self.converts else None
+        self.product = room.buffer(room.lanes, weight.shape[0], dtype=weight.dtype) if self.converts else None
 
     @property
     def inputs(self) -> list[Tensor]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
+    def input(self, i: int) -> Tensor:
+        """`[B, in]`, to be written before `forward(i)`."""
+        return self.rows[i] if self.staged_input is None else self.staged_input
+
     def forward(self, i: int) -> Tensor:
-        """Project `input[i]` into `output[i]`."""
+        """Project `input(i)`; returns `output[i]`."""
+        if self.staged_input is not None:
+            self.rows[i].copy_(self.staged_input)
+        product = self.output[i] if self.product is None else self.product
         if self.bias is None:
-            return torch.mm(self.input[i], self.weight.t(), out=self.output[i])
-        return torch.addmm(self.bias, self.input[i], self.weight.t(), out=self.output[i])
+            torch.mm(self.rows[i], self.weight.t(), out=product)
+        else:
+            torch.addmm(self.bias, self.rows[i], self.weight.t(), out=product)
+        return product if self.product is None else self.output[i].copy_(product)
 
     def prepare_backward(self) -> None:
-        self.grad_output = torch.empty_like(self.output)
-        self.grad_product = self.input.new_empty(self.input.shape[1:])
-        self.grad_input = self.grad_product.to(self.room.dtype)
+        room = self.room
+        self.grad_rows = torch.empty_like(self.output, dtype=self.weight.dtype)
+        self.grad_product = self.rows.new_empty(self.rows.shape[1:])
+        self.grad_input = torch.empty_like(self.grad_product, dtype=room.dtype) if self.converts else self.grad_product
+        self.staged_grad = room.buffer(*self.output.shape[1:]) if self.converts else None
+
+    def grad_output(self, i: int) -> Tensor:
+        """`[B, out]`, to be written before `backward(i)`."""
+        return self.grad_rows[i] if self.staged_grad is None else self.staged_grad
 
     def backward(self, i: int) -> Tensor:
-        """From `grad_output[i]` to the gradient at `input[i]`, in the room's type; a buffer the next token overwrites."""
-        torch.mm(self.grad_output[i], self.weight, out=self.grad_product)
-        if self.grad_input is not self.grad_product:
-            self.grad_input.copy_(self.grad_product)
-        return self.grad_input
+        """From `grad_output(i)` to the gradient at `input(i)`, in a buffer that the next token overwrites."""
+        if self.staged_grad is not None:
+            self.grad_rows[i].copy_(self.staged_grad)
+        torch.mm(self.grad_rows[i], self.weight, out=self.grad_product)
+        return self.grad_input.copy_(self.grad_product) if self.converts else self.grad_product
 
     def gradients(self) -> list[Tensor]:
-        grad_output, rows = self.grad_output.flatten(0, 1), self.input.flatten(0, 1)
-        grad_weight = grad_output.t() @ rows
-        return [grad_weight] if self.bias is None else [grad_weight, grad_output.sum(0)]
+        grad_rows = self.grad_rows.flatten(0, 1)
+        grad_weight = grad_rows.t() @ self.rows.flatten(0, 1)
+        return [grad_weight] if self.bias is None else [grad_weight, grad_rows.sum(0)]

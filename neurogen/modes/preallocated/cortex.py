@@ -101,7 +101,7 @@ class CortexStep:
             go: the basal ganglia's gates `[B, K]`, or None.
         """
         i, before, after = self._slots(t)
-        self.in_proj.input[i].copy_(self.norm.forward(i, x))
+        self.in_proj.input(i).copy_(self.norm.forward(i, x))
         drive, gate = self.in_proj.forward(i).chunk(2, dim=-1)
         v, a, s = self.voltage[before], self.adaptation[before], self.spikes[before]
         if kept is not None:
@@ -116,7 +116,7 @@ class CortexStep:
         spikes, normed = self.spikes[after].transpose(0, 1), self.normed[i]
         normalize(spikes, normed, self.scale[i], self.scratch, self.means)
         silu(gate, out=self.gate.view(gate.shape))
-        written = self.out_proj.input[i].view(normed.shape)
+        written = self.out_proj.input(i).view(normed.shape)
         torch.mul(normed, self.gate, out=written)
         if go is not None:
             written.mul_(go.unsqueeze(-1))
@@ -159,9 +159,9 @@ class CortexStep:
 
     def backward(self, t: int, grad_x: Tensor, kept: Tensor | None, go: Tensor | None, grad_go: Tensor | None) -> None:
         """Token t in reverse: add to grad_x `[B, D]` what comes through the circuit, and to grad_go `[B, K]`."""
-        i, before, after = self._slots(t)
+        i = t % self.excess.shape[0]
         config = self.config
-        self.out_proj.grad_output[i].copy_(grad_x)
+        self.out_proj.grad_output(i).copy_(grad_x)
         grad_written = self.out_proj.backward(i).view(self.gate.shape)
         gate = self.in_proj.output[i][:, config.embedding_dim :]
         normed = self.normed[i]
@@ -173,7 +173,7 @@ class CortexStep:
             grad_written.mul_(go.unsqueeze(-1))
         torch.mul(grad_written, self.gate, out=self.grad_normed)
         torch.mul(grad_written, normed, out=self.grad_gate)
-        grad_drive, grad_gate = self.in_proj.grad_output[i].chunk(2, dim=-1)
+        grad_drive, grad_gate = self.in_proj.grad_output(i).chunk(2, dim=-1)
         silu_backward(self.grad_gate.view(gate.shape), gate, grad_input=grad_gate)
         normalize_backward(
             self.grad_normed, normed, self.scale[i], self.scratch, self.sums, self.means, out=self.grad_normed

@@ -23,10 +23,10 @@ class SwiGLUStep:
         return [*self.in_proj.inputs, *self.out_proj.inputs]
 
     def forward(self, i: int, x: Tensor) -> None:
-        self.in_proj.input[i].copy_(self.norm.forward(i, x))
+        self.in_proj.input(i).copy_(self.norm.forward(i, x))
         gate, value = self.in_proj.forward(i).chunk(2, dim=-1)
         silu(gate, out=self.gate)
-        torch.mul(self.gate, value, out=self.out_proj.input[i])
+        torch.mul(self.gate, value, out=self.out_proj.input(i))
         x.add_(self.out_proj.forward(i))
 
     def prepare_backward(self) -> None:
@@ -34,10 +34,10 @@ class SwiGLUStep:
         self.out_proj.prepare_backward()
 
     def backward(self, i: int, grad_x: Tensor) -> None:
-        self.out_proj.grad_output[i].copy_(grad_x)
+        self.out_proj.grad_output(i).copy_(grad_x)
         grad = self.out_proj.backward(i)
         gate, value = self.in_proj.output[i].chunk(2, dim=-1)
-        grad_gate, grad_value = self.in_proj.grad_output[i].chunk(2, dim=-1)
+        grad_gate, grad_value = self.in_proj.grad_output(i).chunk(2, dim=-1)
         silu(gate, out=self.gate)
         torch.mul(grad, self.gate, out=grad_value)
         grad.mul_(value)
@@ -61,14 +61,14 @@ class GoStep:
         return self.proj.inputs
 
     def forward(self, i: int, x: Tensor) -> Tensor:
-        self.proj.input[i].copy_(self.norm.forward(i, x))
+        self.proj.input(i).copy_(self.norm.forward(i, x))
         return torch.sigmoid(self.proj.forward(i), out=self.go[i])
 
     def prepare_backward(self) -> None:
         self.proj.prepare_backward()
 
     def backward(self, i: int, grad_go: Tensor, grad_x: Tensor) -> None:
-        sigmoid_backward(grad_go, self.go[i], grad_input=self.proj.grad_output[i])
+        sigmoid_backward(grad_go, self.go[i], grad_input=self.proj.grad_output(i))
         self.norm.backward(i, self.proj.backward(i), grad_x)
 
     def gradients(self) -> list[Tensor]:

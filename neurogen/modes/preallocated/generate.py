@@ -29,7 +29,7 @@ class _DecodeStep:
         self.proj = Projection(room, decoder.weight.to(room.matmul_dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.proj.input[0].copy_(self.norm.forward(0, x))
+        self.proj.input(0).copy_(self.norm.forward(0, x))
         return self.proj.forward(0)
 
 

@@ -37,7 +37,7 @@ class _TokenLosses:
         for t in range(broca_output.shape[0]):
             i = t % max(self.log_probs.shape[0], 1)
             log_probs = self.log_probs[i]
-            self.proj.input[i].copy_(self.norm.forward(i, broca_output[t]))
+            self.proj.input(i).copy_(self.norm.forward(i, broca_output[t]))
             log_probs.copy_(self.proj.forward(i))
             torch.argmax(log_probs, -1, out=self.best)
             torch.log_softmax(log_probs, -1, out=log_probs)
@@ -50,13 +50,13 @@ class _TokenLosses:
     def backward(self, broca_output: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of scale * the summed loss at Broca's output and at the weight."""
         self.proj.prepare_backward()
-        grad_output = torch.zeros_like(broca_output, dtype=self.total.dtype)
+        grad_output = torch.zeros_like(broca_output)
         weights = (self.counted * scale).unsqueeze(-1)
         grad_logits = self.log_probs.new_empty(self.log_probs.shape[1:])
         for t in range(broca_output.shape[0]):
             torch.exp(self.log_probs[t], out=grad_logits)
             grad_logits.scatter_add_(1, self.targets[t], self.minus_one).mul_(weights[t])
-            self.proj.grad_output[t].copy_(grad_logits)
+            self.proj.grad_output(t).copy_(grad_logits)
             self.norm.backward(t, self.proj.backward(t), grad_output[t])
         return grad_output, self.proj.gradients()[0]
 
@@ -73,9 +73,9 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[None, Tensor, Tensor]:
-        broca_output, weight = ctx.saved_tensors
+        broca_output, _ = ctx.saved_tensors
         grad_output, grad_weight = ctx.losses.backward(broca_output, grad)
-        return None, grad_output.to(broca_output.dtype), grad_weight.to(weight.dtype)
+        return None, grad_output, grad_weight
 
 
 def sequence_loss(decoder: Decoder, broca_output: Tensor, target_ids: Tensor) -> DecodeOutput:
@@ -88,7 +88,7 @@ def sequence_loss(decoder: Decoder, broca_output: Tensor, target_ids: Tensor) ->
     room = Room(lanes, num_tokens, saved, device, dtype, weight.dtype)
     with stage("decode"), no_autocast(broca_output):
         losses = _TokenLosses(room, weight, decoder.eps, target_ids)
-        by_token = broca_output.transpose(0, 1)
+        by_token = broca_output.transpose(0, 1).to(dtype)
         if saved:
             total, num_correct = _Loss.apply(losses, by_token, weight)
         else:

@@ -82,7 +82,7 @@ class MemoryStep:
         """Token t: add to the workspace x `[B, D]` what is read; `kept` is `[B]`, 0 where a document starts."""
         i, before, after = self._slots(t)
         h = self.norm.forward(i, x)
-        self.in_proj.input[i].copy_(h)
+        self.in_proj.input(i).copy_(h)
         query, key, value, gate = self._parts(self.in_proj.forward(i))
         for raw, out, scale in (
             (query, self.query[i], self.query_scale[i]),
@@ -90,7 +90,7 @@ class MemoryStep:
         ):
             silu(raw, out=self.gate)
             normalize(self.gate, out, scale, self.scratch, self.sum_of_squares)
-        self.forget.input[i].copy_(h)
+        self.forget.input(i).copy_(h)
         torch.sigmoid(self.forget.forward(i), out=self.decay[i])
         self.retained[i].copy_(self.decay[i])
         if kept is not None:
@@ -103,13 +103,13 @@ class MemoryStep:
 
         normalize(self.read, self.normed[i], self.scale[i], self.scratch, self.means)
         silu(gate, out=self.gate)
-        torch.mul(self.normed[i], self.gate, out=self.out_proj.input[i].view(self.gate.shape))
+        torch.mul(self.normed[i], self.gate, out=self.out_proj.input(i).view(self.gate.shape))
         x.add_(self.out_proj.forward(i))
 
     def _correct(self, i: int, h: Tensor, value: Tensor, weight: Tensor) -> Tensor:
         """The delta rule's write, beta (v - P^T k), P the retained weights."""
         assert self.write is not None
-        self.write.input[i].copy_(h)
+        self.write.input(i).copy_(h)
         torch.sigmoid(self.write.forward(i).unsqueeze(-1), out=self.write_rate[i])
         torch.bmm(self._matrices(weight).transpose(1, 2), self._columns(self.key[i]), out=self._columns(self.scratch))
         torch.sub(value, self.scratch, out=self.error[i])
@@ -133,10 +133,10 @@ class MemoryStep:
     def backward(self, t: int, grad_x: Tensor, kept: Tensor | None) -> None:
         """Token t in reverse: add to grad_x `[B, D]` what comes through the circuit."""
         i, before, _ = self._slots(t)
-        self.out_proj.grad_output[i].copy_(grad_x)
+        self.out_proj.grad_output(i).copy_(grad_x)
         grad_written = self.out_proj.backward(i).view(self.read.shape)
         query, key, value, gate = self._parts(self.in_proj.output[i])
-        grads = self._parts(self.in_proj.grad_output[i])
+        grads = self._parts(self.in_proj.grad_output(i))
         normed = self.normed[i]
         torch.mul(grad_written, normed, out=self.grad_gate)
         silu_backward(self.grad_gate, gate, grad_input=grads[3])
@@ -156,7 +156,7 @@ class MemoryStep:
         grad_decay = self.sums.squeeze(-1)
         if kept is not None:
             grad_decay.mul_(kept.unsqueeze(-1))
-        sigmoid_backward(grad_decay, self.decay[i], grad_input=self.forget.grad_output[i])
+        sigmoid_backward(grad_decay, self.decay[i], grad_input=self.forget.grad_output(i))
         for grad, normed, scale, raw, out in (
             (self.grad_query, self.query[i], self.query_scale[i], query, grads[0]),
             (self.grad_key, self.key[i], self.key_scale[i], key, grads[1]),
@@ -166,7 +166,7 @@ class MemoryStep:
         self._input_backward(i, grad_x)
 
     def _weight_backward(self, t: int, value: Tensor) -> None:
-        """From the gradient at the read and at S_t to those at q, k, v and the retained weights P = retained S_{t-1}."""
+        """From the gradient at the read and at S_t to those at q, k, v and P, the retained part of S_{t-1}."""
         i, before, after = self._slots(t)
         weight, grad = self.fast_weight[after], self.grad_weight
         matrices = self._matrices(grad)
@@ -181,7 +181,7 @@ class MemoryStep:
         torch.bmm(matrices.transpose(1, 2), self._columns(self.key[i]), out=self._columns(self.grad_error))
         torch.mul(self.grad_error, self.error[i], out=self.scratch)
         torch.sum(self.scratch, -1, keepdim=True, out=self.sums)
-        sigmoid_backward(self.sums, self.write_rate[i], grad_input=self.write.grad_output[i].unsqueeze(-1))
+        sigmoid_backward(self.sums, self.write_rate[i], grad_input=self.write.grad_output(i).unsqueeze(-1))
         # The error v - P^T k has gradient beta du, which goes to v as it is and to P^T k with the other sign.
         torch.mul(self.grad_error, self.write_rate[i], out=self.grad_value)
         torch.mul(self.fast_weight[before], self.retained[i][..., None, None], out=self.product)

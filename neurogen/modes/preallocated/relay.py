@@ -26,6 +26,7 @@ class RelayStep:
         self.rows = room.buffer(self.num_rows, room.lanes, width)
         self.scales = room.buffer(self.num_rows, room.lanes, 1)
         self.gathered = room.buffer(room.lanes, width, dtype=embedding.dtype)
+        self.row = self.gathered if embedding.dtype == room.dtype else room.buffer(room.lanes, width)
         self.scratch = room.buffer(room.lanes, width)
         self.gains = room.buffer(self.num_taps, room.lanes, width)
         self.tap_values = self.taps.detach().to(room.dtype)
@@ -56,7 +57,9 @@ class RelayStep:
 
     def _gather(self, row: int, ids: Tensor) -> None:
         torch.index_select(self.embedding, 0, ids, out=self.gathered)
-        normalize(self.gathered, self.rows[row], self.scales[row], self.scratch, self.means)
+        if self.row is not self.gathered:
+            self.row.copy_(self.gathered)
+        normalize(self.row, self.rows[row], self.scales[row], self.scratch, self.means)
 
     def _gain(self, t: int, j: int) -> Tensor:
         """w_j where tap j of token t stays inside its document, else 0."""
