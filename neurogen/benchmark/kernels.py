@@ -129,7 +129,7 @@ def _cortex_cases(dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
             return cortex(drive, x["lateral_weight"], x["decay"], CortexState(*zeros), backend=backend).spikes
 
         op = Op(inputs, frozenset({"drive"}), run)
-        shape = {"B": lanes, "T": tokens, "D": width, "C": column_width}
+        shape: dict[str, int | str] = {"B": lanes, "T": tokens, "D": width, "C": column_width}
         for backward in (False, True):
             contenders = op_contenders(op, dtype, backward=backward)
             contenders += peers.cortex_peers(lanes, tokens, width, column_width, dtype, backward=backward)
@@ -138,7 +138,7 @@ def _cortex_cases(dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
                 shape,
                 dtype,
                 contenders,
-                lambda seconds, tokens=tokens: {"us_per_step": seconds / tokens * 1e6},
+                _us_per_step(tokens),
             )
 
 
@@ -168,7 +168,7 @@ def _memory_cases(dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
                     {"B": lanes, "T": tokens, "H": heads, "N": head_width},
                     dtype,
                     contenders,
-                    lambda seconds, n=lanes * tokens: {"tokens_per_second": n / seconds},
+                    _tokens_per_second(lanes * tokens),
                 )
 
 
@@ -193,7 +193,7 @@ def _decode_cases(dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
             {"N": rows, "D": width, "V": vocabulary},
             dtype,
             contenders,
-            lambda seconds, flops=flops: {"useful_tflops": flops / seconds / 1e12},
+            _useful_tflops(flops),
         )
 
 
@@ -214,8 +214,23 @@ def _relay_cases(dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
             {"B": lanes, "T": tokens, "D": width, "V": vocabulary},
             dtype,
             op_contenders(op, dtype, backward=backward),
-            lambda seconds, n=lanes * tokens: {"tokens_per_second": n / seconds},
+            _tokens_per_second(lanes * tokens),
         )
+
+
+Extra = Callable[[float], dict[str, float]]
+
+
+def _us_per_step(tokens: int) -> Extra:
+    return lambda seconds: {"us_per_step": seconds / tokens * 1e6}
+
+
+def _tokens_per_second(tokens: int) -> Extra:
+    return lambda seconds: {"tokens_per_second": tokens / seconds}
+
+
+def _useful_tflops(flops: int) -> Extra:
+    return lambda seconds: {"useful_tflops": flops / seconds / 1e12}
 
 
 def _pass(backward: bool) -> str:

@@ -50,7 +50,7 @@ def cortex_peers(
         def prepare(device: torch.device) -> Callable[[], Any]:
             from flashrnn.flashrnn import flashrnn as run
 
-            new = {"device": device, "dtype": dtype, "requires_grad": True}
+            new: dict[str, Any] = {"device": device, "dtype": dtype, "requires_grad": True}
             wx = torch.randn(lanes, tokens, gates, blocks, column_width, **new)
             recurrent = torch.randn(gates, blocks, column_width, column_width, **new)
             bias = torch.zeros(gates, blocks, column_width, **new)
@@ -107,7 +107,7 @@ def memory_peers(
     """FLA's chunk kernels for the same rule, and the quadratic form as plain torch writes it."""
 
     def inputs(device: torch.device) -> tuple[list[Tensor], Tensor, Tensor]:
-        new = {"device": device, "requires_grad": True}
+        new: dict[str, Any] = {"device": device, "requires_grad": True}
         q, k, v = (torch.randn(lanes, tokens, heads, head_width, dtype=dtype, **new) for _ in range(3))
         forget = (4 + torch.randn(lanes, tokens, heads, device=device)).requires_grad_()
         write = torch.randn(lanes, tokens, heads, **new)

@@ -57,12 +57,13 @@ def cases(*, small: bool) -> Iterator[Case]:
             {"B": work.lanes, "T": work.tokens, "D": work.brain.embedding_dim, "V": work.vocab_size},
             dtype,
             contenders,
-            # The FLOPs are our model's: for the GPT's row only tokens per second mean something.
-            lambda seconds, tokens=tokens, flops=flops: {
-                "tokens_per_second": tokens / seconds,
-                "model_tflops": flops / seconds / 1e12,
-            },
+            _rates(tokens, flops),
         )
+
+
+def _rates(tokens: int, flops: int) -> Callable[[float], dict[str, float]]:
+    # The FLOPs are our model's: for the GPT's row only tokens per second mean something.
+    return lambda seconds: {"tokens_per_second": tokens / seconds, "model_tflops": flops / seconds / 1e12}
 
 
 def _brain_step(
