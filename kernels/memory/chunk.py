@@ -60,6 +60,12 @@ def load_tile(ptr, row_stride, rows, columns, is_token):
 
 
 @triton.jit
+def load_transposed(ptr, row_stride, rows, columns, is_token):
+    """`[width, L]`, as `load_tile` but transposed."""
+    return tl.load(ptr + rows[None, :] * row_stride + columns[:, None], mask=is_token[None, :], other=0.0)
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)); a reciprocal square root costs one instruction where a division costs several."""
     denominator = 1.0 + tl.exp2(-x * LOG2_E)
