@@ -4,6 +4,7 @@ import kernels.launch  # noqa: F401, I001  before triton
 import triton
 import triton.language as tl
 
+from kernels.activation import sigmoid
 from kernels.memory.chunk import (
     chunk_decay,
     decay_between,
@@ -11,7 +12,6 @@ from kernels.memory.chunk import (
     load_transposed,
     normalized_silu,
     normalized_silu_gradient,
-    sigmoid,
 )
 
 

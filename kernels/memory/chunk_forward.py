@@ -4,7 +4,8 @@ import kernels.launch  # noqa: F401, I001  before triton
 import triton
 import triton.language as tl
 
-from kernels.memory.chunk import chunk_decay, decay_between, load_tile, load_transposed, normalized_silu, sigmoid
+from kernels.activation import sigmoid
+from kernels.memory.chunk import chunk_decay, decay_between, load_tile, load_transposed, normalized_silu
 
 
 @triton.jit
@@ -36,8 +37,8 @@ def triangular_inverse_kernel(
 ):
     """Inverse of I + A, A_ij = beta_i d_ij (k_i . k_j) for j < i: one program a chunk, lane and head.
 
-    If X inverts the diagonal blocks of size s, then X - X C X inverts those of size 2 s, C being what A has in the lower
-    left quarter of each. That is block forward substitution, as stable as substitution by rows.
+    If X inverts the diagonal blocks of size s, then X - X C X inverts those of size 2 s, C being what A has in the
+    lower left quarter of each. That is block forward substitution, as stable as substitution by rows.
     """
     num_chunks = tl.cdiv(num_tokens, LENGTH)
     i_bh = tl.program_id(0) // num_chunks
@@ -56,9 +57,7 @@ def triangular_inverse_kernel(
     write = sigmoid(tl.load(write_ptr + rows * write_stride_t, mask=is_token, other=0.0).to(tl.float32))
     forget_ptr += i_b * forget_stride_b + i_h * forget_stride_h + first * forget_stride_t
     start_ptr += i_b * start_stride_b + first * start_stride_t
-    coarse, fine, _, _ = chunk_decay(
-        forget_ptr, forget_stride_t, start_ptr, start_stride_t, rows, is_token, HAS_STARTS
-    )
+    coarse, fine, _, _ = chunk_decay(forget_ptr, forget_stride_t, start_ptr, start_stride_t, rows, is_token, HAS_STARTS)
     between = decay_between(coarse, fine, rows[:, None] > rows[None, :])
     overlap = tl.dot(key, tl.trans(key), input_precision="ieee") * between * write[:, None]
 
@@ -125,8 +124,8 @@ def memory_forward_kernel(
     every chunk and the delta rule's writes.
 
     The state is held transposed, value channel by key channel, and so is all that has a value channel. Then the first
-    factor of a product is the result of another, which the tensor cores take from registers, and queries and keys, which
-    are computed in another layout, are second factors, which they take from shared memory.
+    factor of a product is the result of another, which the tensor cores take from registers, and queries and keys,
+    which are computed in another layout, are second factors, which they take from shared memory.
     """
     i_bh = tl.program_id(0).to(tl.int64)
     i_b = i_bh // num_heads

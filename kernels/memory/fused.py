@@ -6,11 +6,11 @@ kept for the backward pass but the arguments and, for the delta rule, one L x L 
 
 from functools import lru_cache
 
-import kernels.launch  # noqa: F401, I001  before triton
 import torch
 import triton
 from torch import Tensor
 
+import kernels.launch  # noqa: F401  before triton
 from kernels.launch import INTERPRETED, check_launchable
 from kernels.memory.chunk_backward import memory_gradient_kernel, memory_state_gradient_kernel
 from kernels.memory.chunk_forward import memory_forward_kernel, triangular_inverse_kernel
@@ -59,9 +59,7 @@ def memory_fused(
         raise ValueError(f"memory: head width is {value.shape[-1]}; fused kernels are written for 16, 32, 64 and 128")
     if value.numel() == 0:
         return value, state.to(torch.float32)
-    output, final_state, _ = memory_forward(
-        query, key, value, forget_logit, write_logit, state, document_start, eps
-    )
+    output, final_state, _ = memory_forward(query, key, value, forget_logit, write_logit, state, document_start, eps)
     return output, final_state
 
 

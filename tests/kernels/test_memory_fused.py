@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
 from kernels.launch import INTERPRETED
 from kernels.memory import RULES, memory
 from kernels.memory.fused import memory_forward
-from torch import Tensor
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # Norm of the difference over the norm of the float64 result: outputs, gradients.

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels.memory import RULES, memory
 from torch import Tensor
+
+from kernels.memory import RULES, memory
 
 
 def recurrence(
@@ -36,7 +37,9 @@ def recurrence(
     return torch.stack(outputs, 1), state
 
 
-def draw(rule: str, num_lanes: int = 2, num_tokens: int = 23, num_heads: int = 2, width: int = 8) -> list[Tensor | None]:
+def draw(
+    rule: str, num_lanes: int = 2, num_tokens: int = 23, num_heads: int = 2, width: int = 8
+) -> list[Tensor | None]:
     generator = torch.Generator().manual_seed(num_tokens)
 
     def normal(*shape: int) -> Tensor:
