@@ -53,6 +53,11 @@ SLICE_CONFIGS = {
 MIN_ROWS_PER_SLICE = 256
 
 
+def reloads_weights(is_half: bool, column_width: int) -> bool:
+    """Whether a program of the scan has too few registers to hold its column's lateral weights."""
+    return not is_half and column_width == 128
+
+
 def cortex_fused(
     drive: Tensor,
     lateral_weight: Tensor,
@@ -156,7 +161,7 @@ def _constants(
         "ADAPTATION_STRENGTH": adaptation_strength,
         "ADAPTATION_DECAY": adaptation_decay,
         "HAS_START": document_start is not None,
-        "RELOAD": not is_half and column_width == 128,
+        "RELOAD": reloads_weights(is_half, column_width),
         **SCAN_CONFIGS[is_half, column_width]._asdict(),
     }
 
