@@ -1,4 +1,4 @@
-"""From a mode's name to one that runs here: what the fused kernels take, and whether they compute rightly on this GPU."""
+"""From a mode to one that runs here: what the fused kernels take, and whether they compute rightly on this GPU."""
 
 from __future__ import annotations
 
