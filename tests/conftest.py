@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-import kernels.launch  # noqa: F401  first: it chooses the interpreter
-
 torch.set_num_threads(1)
 
 SMALL = {"embedding_dim": 24, "column_width": 8, "head_width": 6}

@@ -1,6 +1,6 @@
 """Cortex on a GPU: the scan over a whole sequence in one Triton launch forward, three backward."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,30 +17,45 @@ COLUMN_WIDTHS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LANES_PER_TILE = 8
 
-# Warps a program of the scan, by (half-precision storage, neurons a column). A warp has 16 neurons, so that what it
+
+class ScanConfig(NamedTuple):
+    num_warps: int
+    maxnreg: int | None  # registers a thread; left to itself the compiler spills some to fit more programs
+
+
+class SliceConfig(NamedTuple):
+    rows: int  # tokens of a lane a product takes at once
+    num_warps: int
+
+
+# By half-precision storage and neurons a column. In half precision a warp of the scan has 16 neurons, so that what it
 # reads from memory is what it works on; float32 products have no tensor cores and need more threads.
-SCAN_WARPS = {
-    (True, 16): 1,
-    (True, 32): 2,
-    (True, 64): 4,
-    (True, 128): 8,
-    (False, 16): 1,
-    (False, 32): 4,
-    (False, 64): 8,
-    (False, 128): 16,
+SCAN_CONFIGS = {
+    (True, 16): ScanConfig(1, 128),
+    (True, 32): ScanConfig(2, 128),
+    (True, 64): ScanConfig(4, 128),
+    (True, 128): ScanConfig(8, 128),
+    (False, 16): ScanConfig(1, None),
+    (False, 32): ScanConfig(4, None),
+    (False, 64): ScanConfig(8, None),
+    (False, 128): ScanConfig(16, None),
 }
-# Rows (tokens of a lane) a product of `slice_kernel` takes at once, and its warps, likewise.
 SLICE_CONFIGS = {
-    (True, 16): (64, 1),
-    (True, 32): (64, 2),
-    (True, 64): (64, 4),
-    (True, 128): (64, 8),
-    (False, 16): (32, 1),
-    (False, 32): (32, 2),
-    (False, 64): (32, 8),
-    (False, 128): (32, 8),
+    (True, 16): SliceConfig(64, 1),
+    (True, 32): SliceConfig(64, 2),
+    (True, 64): SliceConfig(64, 4),
+    (True, 128): SliceConfig(64, 8),
+    (False, 16): SliceConfig(32, 1),
+    (False, 32): SliceConfig(32, 2),
+    (False, 64): SliceConfig(32, 8),
+    (False, 128): SliceConfig(32, 8),
 }
 MIN_ROWS_PER_SLICE = 256
+
+
+def reloads_weights(is_half: bool, column_width: int) -> bool:
+    """Whether a program of the scan has too few registers to hold its column's lateral weights."""
+    return not is_half and column_width == 128
 
 
 def cortex_fused(
@@ -57,7 +72,7 @@ def cortex_fused(
 ) -> CortexOutput:
     """`cortex_reference` in one launch: float32, bfloat16 or float16 spikes, float32 state.
 
-    Matrix products take operands of the drive's type and add up in float32.
+    Matrix products add up in float32. Their operands are the drive's type, but float16 in a bfloat16 forward pass.
 
     Arguments: those of `cortex_reference`, on a CUDA GPU or in Triton's interpreter, with 16, 32, 64 or 128 neurons a
     column. The drive may be a view, such as half of a projection's output; it is kept for backward.
@@ -146,8 +161,8 @@ def _constants(
         "ADAPTATION_STRENGTH": adaptation_strength,
         "ADAPTATION_DECAY": adaptation_decay,
         "HAS_START": document_start is not None,
-        "RELOAD": not is_half and column_width >= 128,
-        "num_warps": SCAN_WARPS[is_half, column_width],
+        "RELOAD": reloads_weights(is_half, column_width),
+        **SCAN_CONFIGS[is_half, column_width]._asdict(),
     }
 
 
@@ -172,10 +187,10 @@ def cortex_forward(
     num_lanes, num_tokens, width = drive.shape
     num_columns = lateral_weight.shape[0]
     num_tiles = triton.cdiv(num_lanes, LANES_PER_TILE)
-    spikes = drive.new_empty(drive.shape)
-    excess = drive.new_empty(drive.shape if save else (0,))
+    spikes = torch.empty(drive.shape, dtype=drive.dtype, device=drive.device)
+    excess = torch.empty(drive.shape if save else (0,), dtype=drive.dtype, device=drive.device)
     state = [torch.empty_like(initial_voltage) for _ in range(3)]
-    counts = drive.new_empty((num_tiles, 2, width), dtype=torch.int32)
+    counts = torch.empty((num_tiles, 2, width), dtype=torch.int32, device=drive.device)
     if num_lanes > 0:
         start, *start_strides = _starts(document_start, drive)
         cortex_forward_kernel[(num_columns, num_tiles)](
@@ -248,7 +263,7 @@ def cortex_backward(
     the final state."""
     num_lanes, num_tokens, width = drive.shape
     num_columns, column_width, _ = lateral_weight.shape
-    grad_drive = drive.new_empty(drive.shape)
+    grad_drive = torch.empty(drive.shape, dtype=drive.dtype, device=drive.device)
     grad_state = [torch.empty_like(initial_voltage) for _ in range(3)]
     if num_lanes == 0 or num_tokens == 0:
         for grad, grad_final in zip(grad_state, (grad_voltage, grad_adaptation, grad_last_spikes)):
@@ -260,7 +275,7 @@ def cortex_backward(
     constants = _constants(
         drive, lateral_weight, document_start, ceiling, threshold, adaptation_strength, adaptation_decay
     )
-    leak_sums = decay.new_empty((num_tiles, width))
+    leak_sums = torch.empty((num_tiles, width), device=drive.device)
     cortex_backward_kernel[(num_columns, num_tiles)](
         grad_spikes,
         excess,
@@ -285,11 +300,11 @@ def cortex_backward(
         **constants,
     )
 
-    rows, num_warps = SLICE_CONFIGS[drive.dtype != torch.float32, column_width]
-    rows_per_slice = _rows_per_slice(drive, num_columns, rows)
+    config = SLICE_CONFIGS[drive.dtype != torch.float32, column_width]
+    rows_per_slice = _rows_per_slice(drive, num_columns, config.rows)
     num_slices = triton.cdiv(num_lanes * num_tokens, rows_per_slice) + 1
-    lateral_sums = decay.new_empty((num_slices, *lateral_weight.shape))
-    drive_sums = decay.new_empty((num_slices, width))
+    lateral_sums = torch.empty((num_slices, *lateral_weight.shape), device=drive.device)
+    drive_sums = torch.empty((num_slices, width), device=drive.device)
     slice_kernel[(num_columns, num_slices)](
         grad_drive,
         spikes,
@@ -306,9 +321,9 @@ def cortex_backward(
         *start_strides,
         rows_per_slice,
         C=column_width,
-        ROWS=rows,
+        ROWS=config.rows,
         HAS_START=document_start is not None,
-        num_warps=num_warps,
+        num_warps=config.num_warps,
     )
     grad_lateral_weight = torch.empty_like(lateral_weight)
     grad_decay = torch.empty_like(decay)

@@ -18,7 +18,7 @@ import triton.language as tl
 ROWS_FINISHED = tl.constexpr(16)  # rows of dR a program of `finish_kernel` writes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("T", "B", "start_stride_b", "start_stride_t", "rows_per_slice"))
 def slice_kernel(
     grad_drive,
     spikes,
@@ -78,7 +78,7 @@ def slice_kernel(
     tl.store(drive_sums + i_slice.to(tl.int64) * D + c, tl.sum(drive_product, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_slices", "num_tiles"))
 def finish_kernel(
     lateral_sums,
     drive_sums,

@@ -4,7 +4,7 @@ import kernels.launch  # noqa: F401, I001  before triton
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from kernels.activation import LOG2_E, sigmoid
 
 
 @triton.jit
@@ -60,10 +60,9 @@ def load_tile(ptr, row_stride, rows, columns, is_token):
 
 
 @triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(-x)); a reciprocal square root costs one instruction where a division costs several."""
-    denominator = 1.0 + tl.exp2(-x * LOG2_E)
-    return tl.rsqrt(denominator * denominator)
+def load_transposed(ptr, row_stride, rows, columns, is_token):
+    """`[width, L]`, as `load_tile` but transposed."""
+    return tl.load(ptr + rows[None, :] * row_stride + columns[:, None], mask=is_token[None, :], other=0.0)
 
 
 @triton.jit

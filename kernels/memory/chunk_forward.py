@@ -4,7 +4,8 @@ import kernels.launch  # noqa: F401, I001  before triton
 import triton
 import triton.language as tl
 
-from kernels.memory.chunk import chunk_decay, decay_between, load_tile, normalized_silu, sigmoid
+from kernels.activation import sigmoid
+from kernels.memory.chunk import chunk_decay, decay_between, load_tile, load_transposed, normalized_silu
 
 
 @triton.jit
@@ -36,8 +37,8 @@ def triangular_inverse_kernel(
 ):
     """Inverse of I + A, A_ij = beta_i d_ij (k_i . k_j) for j < i: one program a chunk, lane and head.
 
-    If X inverts the diagonal blocks of size s, then X - X C X inverts those of size 2 s, C being what A has in the lower
-    left quarter of each. That is block forward substitution, as stable as substitution by rows.
+    If X inverts the diagonal blocks of size s, then X - X C X inverts those of size 2 s, C being what A has in the
+    lower left quarter of each. That is block forward substitution, as stable as substitution by rows.
     """
     num_chunks = tl.cdiv(num_tokens, LENGTH)
     i_bh = tl.program_id(0) // num_chunks
@@ -121,6 +122,10 @@ def memory_forward_kernel(
 
     Writes the outputs and the final state, or, with RECOMPUTE, what the backward pass needs instead: the state before
     every chunk and the delta rule's writes.
+
+    The state is held transposed, value channel by key channel, and so is all that has a value channel. Then the first
+    factor of a product is the result of another, which the tensor cores take from registers, and queries and keys,
+    which are computed in another layout, are second factors, which they take from shared memory.
     """
     i_bh = tl.program_id(0).to(tl.int64)
     i_b = i_bh // num_heads
@@ -130,7 +135,9 @@ def memory_forward_kernel(
     channels = tl.arange(0, WIDTH)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     causal = rows[:, None] >= rows[None, :]
-    state_offsets = channels[:, None] * WIDTH + columns[None, :]
+    token_stride = num_heads * WIDTH
+    token_offsets = rows[None, :] * token_stride + columns[:, None]
+    state_offsets = channels[None, :] * WIDTH + columns[:, None]
 
     query_ptr += i_b * query_stride_b + i_h * query_stride_h
     key_ptr += i_b * key_stride_b + i_h * key_stride_h
@@ -140,7 +147,6 @@ def memory_forward_kernel(
     start_ptr += i_b * start_stride_b
     inverse_ptr += i_bh * num_chunks * LENGTH * LENGTH
     states_ptr += i_bh * num_chunks * WIDTH * WIDTH
-    token_stride = num_heads * WIDTH
     output_ptr += (i_b * num_tokens * num_heads + i_h) * WIDTH
     writes_ptr += (i_b * num_tokens * num_heads + i_h) * WIDTH
 
@@ -161,7 +167,7 @@ def memory_forward_kernel(
         to_end = tl.exp2((coarse_total - coarse) + (fine_total - fine))
         key = load_tile(key_ptr + first * key_stride_t, key_stride_t, rows, channels, is_token)
         key = normalized_silu(key, eps)
-        writes = load_tile(value_ptr + first * value_stride_t, value_stride_t, rows, columns, is_token)
+        writes = load_transposed(value_ptr + first * value_stride_t, value_stride_t, rows, columns, is_token)
         rounded_state = state.to(key.dtype)
         if RECOMPUTE:
             tl.store(states_ptr + tl.cast(i_chunk, tl.int64) * WIDTH * WIDTH + state_offsets, rounded_state)
@@ -169,28 +175,25 @@ def memory_forward_kernel(
             write = sigmoid(
                 tl.load(write_ptr + (first + rows) * write_stride_t, mask=is_token, other=0.0).to(tl.float32)
             )
-            expected = tl.dot(key, rounded_state, input_precision="ieee")
-            surprise = write[:, None] * (writes.to(tl.float32) - from_start[:, None] * expected)
+            expected = tl.dot(rounded_state, tl.trans(key), input_precision="ieee")
+            surprise = write[None, :] * (writes.to(tl.float32) - from_start[None, :] * expected)
             inverse = tl.load(inverse_ptr + first * LENGTH + rows[:, None] * LENGTH + rows[None, :])
-            writes = tl.dot(inverse, surprise.to(key.dtype), input_precision="ieee").to(key.dtype)
-        token_offsets = rows[:, None] * token_stride + columns[None, :]
+            writes = tl.dot(surprise.to(key.dtype), tl.trans(inverse), input_precision="ieee").to(key.dtype)
         if RECOMPUTE:
             if DELTA:
-                tl.store(writes_ptr + first * token_stride + token_offsets, writes, mask=is_token[:, None])
+                tl.store(writes_ptr + first * token_stride + token_offsets, writes, mask=is_token[None, :])
         else:
             query = load_tile(query_ptr + first * query_stride_t, query_stride_t, rows, channels, is_token)
             query = normalized_silu(query, eps)
             scores = tl.dot(query, tl.trans(key), input_precision="ieee") * decay_between(coarse, fine, causal)
-            output = from_start[:, None] * tl.dot(query, rounded_state, input_precision="ieee")
-            output = tl.dot(scores.to(key.dtype), writes, output, input_precision="ieee")
+            output = from_start[None, :] * tl.dot(rounded_state, tl.trans(query), input_precision="ieee")
+            output = tl.dot(writes, tl.trans(scores.to(key.dtype)), output, input_precision="ieee")
             tl.store(
                 output_ptr + first * token_stride + token_offsets,
                 output.to(output_ptr.dtype.element_ty),
-                mask=is_token[:, None],
+                mask=is_token[None, :],
             )
-        decayed_writes = (to_end[:, None] * writes.to(tl.float32)).to(key.dtype)
-        state = tl.dot(
-            tl.trans(key), decayed_writes, tl.exp2(coarse_total + fine_total) * state, input_precision="ieee"
-        )
+        decayed_writes = (to_end[None, :] * writes.to(tl.float32)).to(key.dtype)
+        state = tl.dot(decayed_writes, key, tl.exp2(coarse_total + fine_total) * state, input_precision="ieee")
     if not RECOMPUTE:
         tl.store(final_state_ptr + i_bh * WIDTH * WIDTH + state_offsets, state)

@@ -12,7 +12,7 @@ from neurogen.modes.unfused import UnfusedMode
 class FusedMode(UnfusedMode):
     """The fused kernels over whole sequences; like `UnfusedMode` in what it asks of the host.
 
-    Without a GPU the same kernels run in Triton's interpreter, in float32 and slowly: good for trying, not for training.
+    Without a GPU the same kernels run in Triton's interpreter, in float32 and slowly: for trying, not for training.
     """
 
     name = "fused"

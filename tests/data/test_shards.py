@@ -250,6 +250,7 @@ def test_the_script_fails_in_one_line(tmp_path):
     ("arguments", "message"),
     [
         (["data.path=x"], "out is missing"),
+        (["out=x", "data=text"], "data.path is missing"),
         (["out=x", "colour=red"], "'colour' is no setting"),
         (["out=x", "workers=two", "data.path=x"], "workers is 'two'"),
         (["out=x", "nonsense"], "'nonsense' is no setting"),
