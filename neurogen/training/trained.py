@@ -57,9 +57,7 @@ def load_trained(path: str, *, mode: str, device: str, dtype: str) -> Trained:
             f"{checkpoint.path}: its tokenizer ({tokenizer.vocab_size} ids) is not the one its weights were "
             f"trained with ({rows} ids); use the checkpoint as it was saved"
         )
-    resolved = select_mode(
-        mode, config.model, precision.device, precision.activations, cache_dir=default_cache_dir()
-    )
+    resolved = select_mode(mode, config.model, precision.device, precision.activations, cache_dir=default_cache_dir())
     model = NeuroGen(config.model, vocab_size=rows, mode=resolved)
     load_weights(model, checkpoint)
     precision.place(model)
