@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from kernels.decode.one_launch import launch_whole
 from kernels.decode.reference import IGNORE_INDEX, DecodeOutput
 from kernels.decode.rows import PITCH_MULTIPLE, launch_rows, scale_
 from kernels.launch import INTERPRETED, check_launchable
@@ -64,6 +63,8 @@ def decode_forward(
     rows_at_a_time = chunk_rows(num_rows, pitch * hidden.element_size(), copy_bytes)
     buffer = torch.empty(rows_at_a_time, pitch, dtype=hidden.dtype, device=hidden.device)
     if hidden_needs_grad and weight_needs_grad and _runs_in_one_launch(hidden):
+        from kernels.decode.one_launch import launch_whole  # needs Triton 3.4
+
         launch_whole(
             hidden,
             rounded.contiguous(),

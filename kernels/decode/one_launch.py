@@ -22,7 +22,7 @@ from kernels.launch import INTERPRETED
 _TILE = (128, 256, 64)  # rows, columns and depth of a product's tile; fills 147 KB of shared memory at three stages
 _INTERPRETED_TILE = (16, 32, 16)
 _LOGITS_PER_LOAD = 4096
-_ROW_STAGES = 3
+_ROW_STAGES = 2
 _WARPS = 8
 _STAGES = 3
 
@@ -31,7 +31,7 @@ _STAGES = 3
 def _order_proxies(THREADS: tl.constexpr):
     """Make ordinary stores visible to tensor descriptors' loads, which take another way to memory."""
     tl.inline_asm_elementwise(
-        "fence.proxy.async; mov.u32 $0, $1;", "=r,r", [tl.arange(0, THREADS)], dtype=tl.int32, is_pure=False, pack=1
+        "fence.proxy.async.global; mov.u32 $0, $1;", "=r,r", [tl.arange(0, THREADS)], dtype=tl.int32, is_pure=False, pack=1
     )
 
 
