@@ -26,7 +26,7 @@ _CHUNK_MULTIPLE = 128
 ONE_LAUNCH = False
 # Before torch 2.10 products of half-precision matrices cannot be added to a float32 matrix in one call; there, each
 # chunk's product is rounded to the matrices' type before it is added.
-_ADDS_TO_FLOAT32 = TorchVersion(torch.__version__) >= (2, 10)
+_ADDS_TO_FLOAT32 = TorchVersion(torch.__version__) >= "2.10"
 
 
 def chunk_rows(num_rows: int, row_bytes: int, weight_copy_bytes: int = 0) -> int:

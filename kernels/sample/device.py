@@ -126,7 +126,7 @@ def filter_threshold(
     MIN_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The logit below which top-k, then top-p, then min-p drop a token; p_row holds logits after penalty and temperature.
+    """The logit below which top-k, then top-p, then min-p drop a token; p_row: logits after penalty and temperature.
 
     Arguments:
         top_k: int32, at least 1 where TOP_K.
