@@ -4,13 +4,13 @@ Storage is float32 or bfloat16 and the state float32; products of bfloat16 stora
 kept for the backward pass but the arguments and, for the delta rule, one L x L matrix a chunk and head.
 """
 
+import kernels.launch  # noqa: F401, I001  before triton
 from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor
 
-import kernels.launch  # noqa: F401  before triton
 from kernels.launch import INTERPRETED, check_launchable
 from kernels.memory.chunk_backward import memory_gradient_kernel, memory_state_gradient_kernel
 from kernels.memory.chunk_forward import memory_forward_kernel, triangular_inverse_kernel
