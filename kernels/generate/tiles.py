@@ -1,0 +1,84 @@
+"""Tile sizes of the launch, by lanes, type and programs; what a GPU session tunes."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+
+from kernels.generate.layout import BrainShape
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Constants of the launch.
+
+    Arguments:
+        BL: lanes, padded. BK, BM: channels of a tile of width D and M. BD, BV, BP: D, ids and programs at once, padded.
+        BR_PAIR, BR_MEMORY, BR_OUT, BR_MLP, BR_DECODE: rows of a tile in each kind of phase.
+        DOT: whether products are matrix products over lanes. STAGES: tiles in flight.
+        LINES: cache lines of 128 bytes a program prefetches for the next phase before a barrier; 0 for none.
+    """
+
+    BL: int
+    BR_PAIR: int
+    BR_MEMORY: int
+    BR_OUT: int
+    BR_MLP: int
+    BR_DECODE: int
+    BK: int
+    BM: int
+    BD: int
+    BV: int
+    BP: int
+    DOT: bool
+    STAGES: int
+    LINES: int
+    num_warps: int = 8
+
+    def constexprs(self) -> dict[str, int | bool]:
+        """Keyword arguments of the kernel."""
+        constants = asdict(self)
+        del constants["num_warps"]
+        return constants
+
+
+# (more than one lane, bytes of a weight): channels of a tile, rows at most (single, pair), stages.
+_TABLE = {
+    (False, 2): (256, 64, 32, 4),
+    (False, 4): (256, 32, 16, 4),
+    (True, 2): (128, 64, 32, 4),
+    (True, 4): (64, 32, 16, 2),
+}
+_PREFETCH_LINES = 512  # 64 KB a program, about two microseconds of a card's memory rate
+
+
+def choose_tiles(
+    shape: BrainShape, num_lanes: int, dtype: torch.dtype, num_programs: int, *, lines: int = _PREFETCH_LINES
+) -> Tiles:
+    """Tiles for a brain: rows of a tile are just enough for a program's share of a phase, up to a limit."""
+    dot = num_lanes > 1
+    channels, most_rows, most_pairs, stages = _TABLE[dot, dtype.itemsize]
+
+    def rows(total: int, most: int) -> int:
+        each = triton.next_power_of_2(triton.cdiv(total, num_programs))
+        return min(max(each, 16 if dot else 4), most)
+
+    def tile(width: int) -> int:
+        return min(max(channels, shape.column_width), triton.next_power_of_2(width))
+
+    return Tiles(
+        BL=max(16, triton.next_power_of_2(num_lanes)) if dot else 1,
+        BR_PAIR=rows(shape.width, min(most_pairs, shape.column_width)),
+        BR_MEMORY=rows(4 * shape.width, most_rows),
+        BR_OUT=rows(shape.width, most_rows),
+        BR_MLP=rows(shape.mlp_width, most_pairs),
+        BR_DECODE=rows(shape.vocab_size, most_rows),
+        BK=tile(shape.width),
+        BM=tile(shape.mlp_width),
+        BD=triton.next_power_of_2(shape.width),
+        BV=min(4096, triton.next_power_of_2(shape.vocab_size)),
+        BP=triton.next_power_of_2(num_programs),
+        DOT=dot,
+        STAGES=stages,
+        LINES=0 if num_programs == 1 else lines,
+    )
