@@ -56,12 +56,12 @@ def prefetch_rows(weights, num_rows, K: tl.constexpr, UNIT: tl.constexpr, LINES:
 
 @triton.jit
 def accumulate(acc, x, w, DOT: tl.constexpr):
-    """Add x [BL, BK] times w [BR, BK]: with DOT to [BL, BR], on tensor cores in bfloat16; else, for one lane, to the
-    products [BR, BK] that `finish` sums, so that a token costs one shuffle per row tile."""
+    """Add activations x times w [BR, BK]: with DOT, x is [BL, BK] and the sum [BL, BR], on tensor cores in bfloat16; else
+    x is one lane's [BK] and the sum stays spread over its products [BR, BK] until `finish`."""
     if DOT:
         return tl.dot(x.to(w.dtype), tl.trans(w), acc, input_precision="ieee")
     else:
-        return acc + w.to(tl.float32) * x
+        return acc + w.to(tl.float32) * x[None, :]
 
 
 @triton.jit
@@ -79,6 +79,18 @@ def empty_sums(BL: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, DOT: tl.con
         return tl.zeros([BL, BR], tl.float32)
     else:
         return tl.zeros([BR, BK], tl.float32)
+
+
+@triton.jit
+def load_activations(p_x, k, num_lanes, K: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
+    """Channels k to k + BK of activations `[B, K]` as `accumulate` takes them. One lane's are a vector, not a matrix of
+    one row, or the compiler would lay the weights out to suit them."""
+    o_l, o_k = tl.arange(0, BL), k + tl.arange(0, BK)
+    if DOT:
+        mask = (o_l < num_lanes)[:, None] & (o_k < K)[None, :]
+        return tl.load(p_x + o_l[:, None] * K + o_k[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+    else:
+        return tl.load(p_x + o_k, mask=o_k < K, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -108,16 +120,15 @@ def project(
     Returns:
         Two [BL, BR]; the second is zero without PAIR.
     """
-    o_l, o_r, o_k = tl.arange(0, BL), tl.arange(0, BR), tl.arange(0, BK)
+    o_r, o_k = tl.arange(0, BR), tl.arange(0, BK)
     p_w = p_w + o_r[:, None] * K + o_k[None, :]
-    p_x = p_x + o_l[:, None] * K + o_k[None, :]
-    rows, lanes = (o_r < num_rows)[:, None], (o_l < num_lanes)[:, None]
+    rows = (o_r < num_rows)[:, None]
     acc, acc_pair = empty_sums(BL, BR, BK, DOT), empty_sums(BL, BR, BK, DOT)
-    square = tl.zeros([BL, BK], tl.float32)
+    square = tl.zeros([BL, BK] if DOT else [BK], tl.float32)
     for k in tl.range(0, K, BK, num_stages=STAGES):
         inside = (k + o_k < K)[None, :]
         b_w = tl.load(p_w + k, mask=rows & inside, other=0.0)
-        b_x = tl.load(p_x + k, mask=lanes & inside, other=0.0, cache_modifier=".cg")
+        b_x = load_activations(p_x, k, num_lanes, K, BL, BK, DOT)
         if NORM:
             square += b_x * b_x
         acc = accumulate(acc, b_x, b_w, DOT)
@@ -126,7 +137,9 @@ def project(
             acc_pair = accumulate(acc_pair, b_x, b_pair, DOT)
     out, out_pair = finish(acc, DOT), finish(acc_pair, DOT)
     if NORM:
-        scale = tl.rsqrt(tl.sum(square, 1) / K + EPS)[:, None]
+        scale = tl.rsqrt(tl.sum(square, 1 if DOT else 0) / K + EPS)
+        if DOT:
+            scale = scale[:, None]
         out, out_pair = out * scale, out_pair * scale
     return out, out_pair
 

@@ -14,6 +14,7 @@ from kernels.generate.device import (
     empty_sums,
     finish,
     is_active,
+    load_activations,
     normed_dot,
     project,
     share,
@@ -150,16 +151,15 @@ def cortex_out(
         for k in tl.range(0, D, BK, num_stages=STAGES):
             inside = (k + o_k < D)[None, :]
             b_w = tl.load(p_matrix + o_r[:, None] * D + (k + o_k)[None, :], mask=rows[:, None] & inside, other=0.0)
-            o_n = o_l[:, None] * D + (k + o_k)[None, :]
-            s = tl.load(p_spikes + o_n, mask=lanes & inside, other=0.0, cache_modifier=".cg")
-            z = tl.load(p_gates + o_n, mask=lanes & inside, other=0.0, cache_modifier=".cg")
+            s = load_activations(p_spikes, k, num_lanes, D, BL, BK, DOT)
+            z = load_activations(p_gates, k, num_lanes, D, BL, BK, DOT)
             grouped = tl.reshape(s, [BL, groups, C])
             scale = tl.rsqrt(tl.sum(grouped * grouped, 2) / C + EPS)
             if GO:
                 o_g = k // C + tl.arange(0, groups)
                 p_g = p_go + o_l[:, None] * (D // C) + o_g[None, :]
                 scale *= tl.load(p_g, mask=lanes & (o_g < D // C)[None, :] & gated, other=1.0, cache_modifier=".cg")
-            y = tl.reshape(grouped * scale[:, :, None], [BL, BK]) * silu(z)
+            y = tl.reshape(grouped * scale[:, :, None], [BL, BK] if DOT else [BK]) * silu(z)
             acc = accumulate(acc, y, b_w, DOT)
         mask = lanes & rows[None, :]
         o_n = o_l[:, None] * D + o_r[None, :]
