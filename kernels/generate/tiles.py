@@ -49,6 +49,7 @@ _TABLE = {
     (True, 2): (128, 64, 32, 4),
     (True, 4): (64, 32, 16, 2),
 }
+_INTERPRETED_TILE = 512
 _PREFETCH_LINES = 512  # 64 KB a program, about two microseconds of a card's memory rate
 
 
@@ -58,6 +59,9 @@ def choose_tiles(
     """Tiles for a brain: rows of a tile are just enough for a program's share of a phase, up to a limit."""
     dot = num_lanes > 1
     channels, most_rows, most_pairs, stages = _TABLE[dot, dtype.itemsize]
+    if num_programs == 1:
+        # The interpreter takes as long for a large tile as for a small one.
+        channels = most_rows = most_pairs = _INTERPRETED_TILE
 
     def rows(total: int, most: int) -> int:
         each = triton.next_power_of_2(triton.cdiv(total, num_programs))
