@@ -11,7 +11,7 @@ SHARED_LIMITS = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a block
 
 
 class Resources(NamedTuple):
-    """Registers a thread, bytes of stack (spills and arrays in local memory) a thread, bytes of shared memory a block."""
+    """Registers a thread, bytes of stack (spills, arrays in local memory) a thread, bytes of shared memory a block."""
 
     registers: int
     stack_bytes: int

@@ -77,6 +77,19 @@ class Brain(nn.Module):
             backend: which kernels run, `reference` or `fused`.
         """
         x, recent_ids = self.thalamus(input_ids, embedding.weight, state.recent_ids, document_start, backend)
+        return self.think(x, recent_ids, state, document_start, backend=backend)
+
+    def think(
+        self,
+        x: Tensor,
+        recent_ids: Tensor,
+        state: BrainState,
+        document_start: Tensor | None = None,
+        *,
+        backend: str = "reference",
+    ) -> BrainOutput:
+        """The regions after the thalamus: its output `[B, T, D]` and the ids it carries on to Broca's output."""
+        num_tokens = x.shape[1]
         layer_states: dict[str, LayerState] = {}
         activity: dict[str, Activity] = {}
         go = None
@@ -93,7 +106,7 @@ class Brain(nn.Module):
             x, layer_states[name], activity[name] = layer(
                 x, layer_state, document_start, go if in_broca else None, backend
             )
-        position = state.position + input_ids.shape[1]
+        position = state.position + num_tokens
         return BrainOutput(x, BrainState(position, recent_ids, layer_states), activity, go)
 
     def step(self, token_ids: Tensor, embedding: TokenEmbedding, state: BrainState) -> tuple[Tensor, BrainState]:

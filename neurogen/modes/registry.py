@@ -1,19 +1,32 @@
 """Modes by name."""
 
-from typing import Protocol
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from neurogen.brain import Brain, BrainOutput, BrainState, TokenEmbedding
+from kernels.decode import DecodeOutput
+from kernels.sample import SampleOutput, Sampling
+from neurogen.brain import Brain, BrainOutput, BrainState, Decoder, TokenEmbedding
 from neurogen.errors import UserError
+from neurogen.modes.naive import NaiveMode
+from neurogen.modes.pointer import PointerMode
+from neurogen.modes.preallocated import PreallocatedMode
 from neurogen.modes.unfused import UnfusedMode
 
+if TYPE_CHECKING:
+    from neurogen.generation import Generation, Request
+    from neurogen.model import NeuroGen
+
 MODES = ("naive", "pointer", "preallocated", "unfused", "fused")
-_BUILT = {"unfused": UnfusedMode}
 
 
 class Mode(Protocol):
-    """A way to run a sequence; every mode gives the same outputs, gradients and tokens."""
+    """A way to run a sequence; every mode gives the same outputs, gradients and tokens.
+
+    What each does with the host, a sequence of T tokens, is in its own docstring.
+    """
 
     name: str
     backend: str
@@ -28,6 +41,33 @@ class Mode(Protocol):
     ) -> BrainOutput:
         """Run `input_ids` `[B, T]` from `state`; see `Brain.forward`."""
         ...
+
+    def loss(self, decoder: Decoder, broca_output: Tensor, target_ids: Tensor) -> DecodeOutput:
+        """Loss and accuracy of `[B, T, D]` against targets `[B, T]`; see `Decoder.loss`."""
+        ...
+
+    def draw(
+        self,
+        decoder: Decoder,
+        broca_output: Tensor,
+        sampling: Sampling,
+        *,
+        seed: int,
+        lanes: Tensor,
+        positions: Tensor,
+        seen: Tensor | None,
+    ) -> SampleOutput:
+        """A token for each lane of `[B, D]`; see `Decoder.decode_and_sample`."""
+        ...
+
+    def generate(self, model: NeuroGen, request: Request) -> Generation:
+        """Continue the request's prompts."""
+        ...
+
+
+_BUILT: dict[str, type[Mode]] = {
+    mode.name: mode for mode in (NaiveMode, PointerMode, PreallocatedMode, UnfusedMode)
+}
 
 
 def resolve_mode(name: str) -> str:
