@@ -1,0 +1,13 @@
+"""Which batches a configuration asks for."""
+
+from __future__ import annotations
+
+from neurogen.data.batches import Batches, LaneBatches, RandomBatches
+from neurogen.data.config import DataConfig
+from neurogen.data.stream import TokenStream
+
+
+def make_batches(stream: TokenStream, config: DataConfig, *, seed: int, rank: int = 0, world_size: int = 1) -> Batches:
+    """The endless batches that `config` asks for (batching, lanes, window) from `stream`."""
+    kind = LaneBatches if config.batching == "lanes" else RandomBatches
+    return kind(stream, lanes=config.lanes, window=config.window, seed=seed, rank=rank, world_size=world_size)
