@@ -9,12 +9,10 @@ from torch import Tensor
 
 from kernels.generate.kernel import generate_kernel
 from kernels.generate.layout import BrainShape, GenerateOutput, PackedBrain, PackedState
+from kernels.generate.limits import check_shape
 from kernels.generate.tiles import choose_tiles
 from kernels.launch import INTERPRETED, check_launchable
 from kernels.sample import Sampling
-
-MAX_LANES = 64
-
 
 def generate_fused(
     brain: PackedBrain,
@@ -105,18 +103,12 @@ def generate_fused(
         num_warps=tiles.num_warps,
         launch_cooperative_grid=not INTERPRETED,
     )
-    return _output(shape, state, ids, log_probs, lengths, cortex, fast_weight, bool(len(stop_ids)))
-
-
-def check_shape(shape: BrainShape, num_lanes: int) -> None:
-    """Raise ValueError unless the launch can hold such a brain and so many lanes."""
-    for name, width in (("column_width", shape.column_width), ("head_width", shape.head_width)):
-        if width < 16 or width > 256 or width & (width - 1):
-            raise ValueError(f"generate: {name} is {width}; the launch needs a power of two from 16 to 256")
-    if shape.width % 16 or shape.mlp_width % 16:
-        raise ValueError(f"generate: width {shape.width} and mlp_width {shape.mlp_width} must be multiples of 16")
-    if not 1 <= num_lanes <= MAX_LANES:
-        raise ValueError(f"generate: {num_lanes} lanes; one launch takes 1 to {MAX_LANES}")
+    reads = torch.where(lengths > 0, lengths, max_new_tokens).to(torch.int64)
+    recent = reads[:, None] + torch.arange(shape.num_taps - 1, device=device)
+    new_state = PackedState(state.position + reads, ids.gather(1, recent), cortex, fast_weight)
+    # Columns after the last lane's end were never written; nothing here waits to learn how many there are.
+    column = torch.arange(max_new_tokens, device=device).minimum(reads[:, None] - 1)
+    return GenerateOutput(ids[:, shape.num_taps :].gather(1, column), log_probs, reads, new_state)
 
 
 def _signed(word: int) -> int:
@@ -140,22 +132,3 @@ def _scratch(
     logits = torch.empty(3 * num_lanes * shape.vocab_size if filtered else 1, device=device)
     return [*floats, candidate_id, logits]
 
-
-def _output(
-    shape: BrainShape,
-    state: PackedState,
-    ids: Tensor,
-    log_probs: Tensor,
-    lengths: Tensor,
-    cortex: Tensor,
-    fast_weight: Tensor,
-    may_stop: bool,
-) -> GenerateOutput:
-    max_new_tokens = log_probs.shape[1]
-    reads = torch.where(lengths > 0, lengths, max_new_tokens).to(torch.int64)
-    # The one synchronisation of a call, and only where a stop token may have cut it short.
-    num_tokens = int(reads.max()) if may_stop else max_new_tokens
-    recent = reads[:, None] + torch.arange(shape.num_taps - 1, device=ids.device)
-    new_state = PackedState(state.position + reads, ids.gather(1, recent), cortex, fast_weight)
-    tokens = ids[:, shape.num_taps : shape.num_taps + num_tokens]
-    return GenerateOutput(tokens, log_probs[:, :num_tokens], reads, new_state)

@@ -123,8 +123,9 @@ class PackedState(NamedTuple):
 
 
 class GenerateOutput(NamedTuple):
-    """Tokens `[B, N]` int64, log-probabilities `[B, N]` float32 (0 after a lane's end), lengths `[B]` int64 up to and
-    including a stop token, and the state, which has not read the last token of each lane."""
+    """Tokens `[B, N]` int64, N the number asked for (after its stop token a lane repeats it), log-probabilities `[B, N]`
+    float32 (0 in the repetition), lengths `[B]` int64 up to and including a stop token, and the state, which has not
+    read the last token of each lane."""
 
     tokens: Tensor
     log_probs: Tensor

@@ -42,7 +42,7 @@ def generate_reference(
         seen: `[B, V]` bool, tokens a repetition penalty applies to besides those drawn.
 
     Returns:
-        GenerateOutput; its N is smaller where every lane ended before.
+        GenerateOutput.
     """
     position, recent_ids, cortex, fast_weight = (tensor.clone() for tensor in state)
     seen = None if seen is None else seen.clone()
@@ -73,6 +73,9 @@ def generate_reference(
         done = done | torch.isin(token_ids, stop_ids)
         if bool(done.all()):
             break
+    num_missing = max_new_tokens - len(tokens)
+    tokens += [token_ids] * num_missing
+    log_probs += [torch.zeros_like(log_probs[0])] * num_missing
     final = PackedState(position, recent_ids, cortex, fast_weight)
     return GenerateOutput(torch.stack(tokens, 1), torch.stack(log_probs, 1), lengths, final)
 
