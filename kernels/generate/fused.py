@@ -2,17 +2,18 @@
 
 import math
 
-import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 import torch
 import triton
 from torch import Tensor
 
+import kernels.launch  # noqa: F401  first: it chooses the interpreter
 from kernels.generate.kernel import generate_kernel
 from kernels.generate.layout import BrainShape, GenerateOutput, PackedBrain, PackedState
 from kernels.generate.limits import check_shape
 from kernels.generate.tiles import choose_tiles
 from kernels.launch import INTERPRETED, check_launchable
 from kernels.sample import Sampling
+
 
 def generate_fused(
     brain: PackedBrain,

@@ -103,7 +103,7 @@ def memory_layer(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_lanes", "num_wernicke", "num_memory", "num_broca", "seed_low", "seed_high", "top_k", 
+@triton.jit(do_not_specialize=["num_lanes", "num_wernicke", "num_memory", "num_broca", "seed_low", "seed_high", "top_k",
                                "limit", "num_ids", "num_stop"])  # fmt: skip
 def generate_kernel(
     p_embedding, p_decoder, p_matrices, p_vectors,
