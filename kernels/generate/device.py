@@ -37,8 +37,9 @@ def share(num_rows, UNIT: tl.constexpr):
 
 
 @triton.jit
-def prefetch_rows(weights, num_rows, K: tl.constexpr, UNIT: tl.constexpr, LINES: tl.constexpr):
-    """Ask for the beginning of this program's share of a matrix, at most LINES cache lines of 128 bytes, to come to L2.
+def prefetch_rows(weights, num_rows, pair_offset, K: tl.constexpr, UNIT: tl.constexpr, LINES: tl.constexpr):
+    """Ask for the beginning of this program's share of a matrix, at most LINES cache lines of 128 bytes, to come to L2;
+    with a pair offset above 0, for half as much of it and of the rows so far behind it.
 
     Called before a barrier for the matrix that is read after it: the memory keeps streaming while programs wait.
     """
@@ -46,8 +47,10 @@ def prefetch_rows(weights, num_rows, K: tl.constexpr, UNIT: tl.constexpr, LINES:
         first, last = share(num_rows, UNIT)
         if first < last:
             per_line: tl.constexpr = 1024 // weights.dtype.element_ty.primitive_bitwidth
-            offset = tl.arange(0, LINES) * per_line
-            offset = tl.minimum(offset, (last - first) * K - 1)
+            line = tl.arange(0, LINES)
+            second = (line >= LINES // 2) & (pair_offset > 0)
+            line = tl.where(second, line - LINES // 2, line)
+            offset = tl.minimum(line * per_line, (last - first) * K - 1) + tl.where(second, pair_offset, 0)
             lines = weights + first.to(tl.int64) * K + offset
             tl.inline_asm_elementwise(
                 "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
@@ -56,8 +59,8 @@ def prefetch_rows(weights, num_rows, K: tl.constexpr, UNIT: tl.constexpr, LINES:
 
 @triton.jit
 def accumulate(acc, x, w, DOT: tl.constexpr):
-    """Add activations x times w [BR, BK]: with DOT, x is [BL, BK] and the sum [BL, BR], on tensor cores in bfloat16; else
-    x is one lane's [BK] and the sum stays spread over its products [BR, BK] until `finish`."""
+    """Add activations x times w [BR, BK]: with DOT, x is [BL, BK] and the sum [BL, BR], on tensor cores in
+    bfloat16; else x is one lane's [BK] and the sum stays spread over its products [BR, BK] until `finish`."""
     if DOT:
         return tl.dot(x.to(w.dtype), tl.trans(w), acc, input_precision="ieee")
     else:

@@ -23,7 +23,7 @@ from kernels.generate.sampling import all_ended, filtered_winner, race, record, 
 
 @triton.jit
 def mlp(
-    p_x, p_hidden, p_matrix, p_next, next_rows, num_lanes, p_counter,
+    p_x, p_hidden, p_matrix, p_next, next_rows, next_pair, num_lanes, p_counter,
     D: tl.constexpr, M: tl.constexpr, EPS: tl.constexpr, BL: tl.constexpr, BR_MLP: tl.constexpr, BR_OUT: tl.constexpr,
     BK: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr,
     SINGLE: tl.constexpr,
@@ -31,17 +31,17 @@ def mlp(
     """x += W_out (silu(g) u); p_next is the matrix that is read after it."""
     swiglu_in(p_x, p_hidden, p_matrix, num_lanes, D, M, EPS, BL, BR_MLP, BK, DOT, STAGES)
     p_out = p_matrix + 2 * M * D
-    prefetch_rows(p_out, D, M, 1, LINES)
+    prefetch_rows(p_out, D, 0, M, 1, LINES)
     grid_barrier(p_counter, SINGLE)
     plain_rows(p_hidden, p_x, p_out, D, num_lanes, M, False, True, EPS, BL, BR_OUT, BM, DOT, STAGES)
-    prefetch_rows(p_next, next_rows, D, 1, LINES)
+    prefetch_rows(p_next, next_rows, next_pair, D, 1, LINES)
     grid_barrier(p_counter, SINGLE)
 
 
 @triton.jit
 def cortex_layer(
-    p_x, p_inner, p_hidden, p_go, p_go_vector, p_state, p_matrix, p_vector, p_next, next_rows, p_lengths, step,
-    num_lanes, make_go, gated, p_counter,
+    p_x, p_inner, p_hidden, p_go, p_go_vector, p_state, p_matrix, p_vector, p_next, next_rows, next_pair,
+    p_lengths, step, num_lanes, make_go, gated, p_counter,
     D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, GO: tl.constexpr, GRADED: tl.constexpr, THETA: tl.constexpr,
     BETA: tl.constexpr, RHO: tl.constexpr, EPS: tl.constexpr, BL: tl.constexpr, BR_PAIR: tl.constexpr,
     BR_MLP: tl.constexpr, BR_OUT: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
@@ -56,23 +56,24 @@ def cortex_layer(
         if make_go:
             go_gates(p_x, p_go, p_go_vector, num_lanes, D, D // C, EPS, BD)
     p_out = p_matrix + 2 * D * D
-    prefetch_rows(p_out, D, D, 1, LINES)
+    prefetch_rows(p_out, D, 0, D, 1, LINES)
     grid_barrier(p_counter, SINGLE)
     cortex_out(
         p_x, p_inner, p_gates, p_go, p_state, p_out, num_lanes, gated, D, C, GO, EPS, BL, BR_OUT, BK, DOT, STAGES
     )
     p_mlp = p_matrix + 3 * D * D
-    prefetch_rows(p_mlp, M, D, 1, LINES)
+    prefetch_rows(p_mlp, M, M * D, D, 1, LINES)
     grid_barrier(p_counter, SINGLE)
     mlp(
-        p_x, p_hidden, p_mlp, p_next, next_rows, num_lanes, p_counter,
+        p_x, p_hidden, p_mlp, p_next, next_rows, next_pair, num_lanes, p_counter,
         D, M, EPS, BL, BR_MLP, BR_OUT, BK, BM, DOT, STAGES, LINES, SINGLE,
     )  # fmt: skip
 
 
 @triton.jit
 def memory_layer(
-    p_x, p_inner, p_y, p_hidden, p_state, p_matrix, p_vector, p_next, next_rows, p_lengths, step, num_lanes, p_counter,
+    p_x, p_inner, p_y, p_hidden, p_state, p_matrix, p_vector, p_next, next_rows, next_pair,
+    p_lengths, step, num_lanes, p_counter,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DELTA: tl.constexpr, EPS: tl.constexpr, BL: tl.constexpr,
     BR_MEMORY: tl.constexpr, BR_MLP: tl.constexpr, BR_OUT: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
     BD: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, SINGLE: tl.constexpr,
@@ -91,14 +92,14 @@ def memory_layer(
         if unit < num_units:
             weight, forget, write = fetch_memory(unit, p_x, p_state, p_vector, num_units, D, H, N, DELTA, EPS, BD)
     p_out = p_matrix + 4 * D * D
-    prefetch_rows(p_out, D, D, 1, LINES)
+    prefetch_rows(p_out, D, 0, D, 1, LINES)
     grid_barrier(p_counter, SINGLE)
     plain_rows(p_y, p_x, p_out, D, num_lanes, D, False, True, EPS, BL, BR_OUT, BK, DOT, STAGES)
     p_mlp = p_matrix + 5 * D * D
-    prefetch_rows(p_mlp, M, D, 1, LINES)
+    prefetch_rows(p_mlp, M, M * D, D, 1, LINES)
     grid_barrier(p_counter, SINGLE)
     mlp(
-        p_x, p_hidden, p_mlp, p_next, next_rows, num_lanes, p_counter,
+        p_x, p_hidden, p_mlp, p_next, next_rows, next_pair, num_lanes, p_counter,
         D, M, EPS, BL, BR_MLP, BR_OUT, BK, BM, DOT, STAGES, LINES, SINGLE,
     )  # fmt: skip
 
@@ -138,26 +139,32 @@ def generate_kernel(
 
     lane = tl.program_id(0)
     while lane < num_lanes:
-        relay_lane(lane, 0, p_ids, num_ids, p_embedding, p_taps, p_x, D, TAPS, EPS, BD)
+        first = tl.load(p_ids + lane * num_ids + TAPS - 1)
+        relay_lane(lane, first, 0, p_ids, num_ids, p_embedding, p_taps, p_x, D, TAPS, EPS, BD)
         lane += tl.num_programs(0)
     grid_barrier(p_counter, SINGLE)
 
+    first_is_memory = (num_wernicke == 0) & (num_memory > 0)
+    first_rows = tl.where(first_is_memory, 4 * D, D)
+    first_pair = tl.where(first_is_memory, 0, D * D)
     step = tl.full([], 0, tl.int32)
     while step < limit:
         p_matrix, p_vector, p_spiking, p_fast = p_matrices, p_vectors, p_cortex, p_memory
         layer = tl.full([], 0, tl.int32)
         while layer < num_layers:
             in_broca = layer >= num_wernicke + num_memory
-            # The share of what is read next; whose rows they are is the same for all but the decoder.
+            # What is read after this layer: a memory's 4D rows, a cortex's D pairs, or the decoder.
             is_last = layer + 1 == num_layers
-            next_rows = tl.where(is_last, V, D)
+            next_is_memory = (layer + 1 >= num_wernicke) & (layer + 1 < num_wernicke + num_memory)
+            next_rows = tl.where(is_last, V, tl.where(next_is_memory, 4 * D, D))
+            next_pair = tl.where(is_last | next_is_memory, 0, D * D)
             if layer >= num_wernicke and not in_broca:
                 p_next = p_matrix + memory_size
                 if is_last:
                     p_next = p_decoder
                 memory_layer(
-                    p_x, p_inner, p_y, p_hidden, p_fast, p_matrix, p_vector, p_next, next_rows, p_lengths, step,
-                    num_lanes, p_counter,
+                    p_x, p_inner, p_y, p_hidden, p_fast, p_matrix, p_vector, p_next, next_rows, next_pair,
+                    p_lengths, step, num_lanes, p_counter,
                     D, M, N, DELTA, EPS, BL, BR_MEMORY, BR_MLP, BR_OUT, BK, BM, BD, DOT, STAGES, LINES, SINGLE,
                 )  # fmt: skip
                 p_matrix += memory_size
@@ -170,7 +177,7 @@ def generate_kernel(
                 make_go = layer == num_wernicke + num_memory
                 cortex_layer(
                     p_x, p_inner, p_hidden, p_go, p_go_vector, p_spiking, p_matrix, p_vector, p_next, next_rows,
-                    p_lengths, step, num_lanes, make_go, in_broca, p_counter,
+                    next_pair, p_lengths, step, num_lanes, make_go, in_broca, p_counter,
                     D, M, C, GO, GRADED, THETA, BETA, RHO, EPS, BL, BR_PAIR, BR_MLP, BR_OUT, BK, BM, BD, DOT,
                     STAGES, LINES, SINGLE,
                 )  # fmt: skip
@@ -184,7 +191,7 @@ def generate_kernel(
             seed_low, seed_high, temperature, penalty,
             D, V, GREEDY, PENALTY, FILTER, EPS, BL, BR_DECODE, BK, DOT, STAGES,
         )  # fmt: skip
-        prefetch_rows(p_matrices, D, D, 1, LINES)
+        prefetch_rows(p_matrices, first_rows, first_pair, D, 1, LINES)
         grid_barrier(p_counter, SINGLE)
         lane = tl.program_id(0) * (1 if SPREAD else 0)
         while lane < num_lanes:
@@ -193,12 +200,11 @@ def generate_kernel(
                 token, raw = filtered_winner(
                     lane, p_logits, num_lanes, top_k, top_p, log_min_p, V, TOP_K, TOP_P, MIN_P, BV
                 )
-            record(
+            token = record(
                 lane, token, raw - log_sum, step, p_ids, p_log_probs, p_lengths, p_seen, p_stop, num_ids, num_stop,
                 limit, V, TAPS, PENALTY, BS,
             )  # fmt: skip
-            tl.debug_barrier()
-            relay_lane(lane, step + 1, p_ids, num_ids, p_embedding, p_taps, p_x, D, TAPS, EPS, BD)
+            relay_lane(lane, token, step + 1, p_ids, num_ids, p_embedding, p_taps, p_x, D, TAPS, EPS, BD)
             lane += tl.num_programs(0) if SPREAD else 1
         grid_barrier(p_counter, SINGLE or not SPREAD)
         step += 1

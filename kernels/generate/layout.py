@@ -69,7 +69,7 @@ class BrainShape:
 
     @property
     def memory_vector_size(self) -> int:
-        """Elements of a memory layer in `vectors`: for each of forget and (delta) write, weight [H, D], bias [H]; padded."""
+        """Elements of a memory layer in `vectors`: weight [H, D] and bias [H] of forget and (delta) write; padded."""
         return _aligned((2 if self.rule == "delta" else 1) * self.num_heads * (self.width + 1))
 
     @property
@@ -113,8 +113,8 @@ class PackedBrain(NamedTuple):
 
 
 class PackedState(NamedTuple):
-    """B lanes' state: position `[B]` and recent_ids `[B, J-1]` int64; cortex `[num_cortex, 3, B, D]` (voltage, adaptation,
-    spikes) and fast_weight `[num_memory, B, H, N, N]` float32."""
+    """B lanes' state: position `[B]` and recent_ids `[B, J-1]` int64; cortex `[num_cortex, 3, B, D]` (voltage,
+    adaptation, spikes) and fast_weight `[num_memory, B, H, N, N]` float32."""
 
     position: Tensor
     recent_ids: Tensor
@@ -123,9 +123,9 @@ class PackedState(NamedTuple):
 
 
 class GenerateOutput(NamedTuple):
-    """Tokens `[B, N]` int64, N the number asked for (after its stop token a lane repeats it), log-probabilities `[B, N]`
-    float32 (0 in the repetition), lengths `[B]` int64 up to and including a stop token, and the state, which has not
-    read the last token of each lane."""
+    """Tokens `[B, N]` int64, N the number asked for (after its stop token a lane repeats it), log-probabilities
+    `[B, N]` float32 (0 in the repetition), lengths `[B]` int64 up to and including a stop token, and the state, which
+    has not read the last token of each lane."""
 
     tokens: Tensor
     log_probs: Tensor

@@ -80,26 +80,26 @@ def cortex_in(
     tile, last = share(D, BR if DOT else 1)
     plane = num_lanes * D
     while tile < last:
-        drive, gate = project(
-            p_x, p_matrix + tile * D, last - tile, num_lanes, D * D, D, True, True, EPS, BL, BR, BK, DOT, STAGES
-        )
+        # All that does not depend on this token is asked for before the product, not after it.
         o_r = tile + tl.arange(0, BR)
         rows = o_r < last
         mask = (o_l < num_lanes)[:, None] & rows[None, :]
         alpha = tl.load(p_vector + D * C + o_r, mask=rows, other=0.5)[None, :]
         bias = tl.load(p_vector + D * C + D + o_r, mask=rows, other=0.0)[None, :]
-        lateral = lateral_input(p_state + 2 * plane, p_vector, tile, o_r, rows, num_lanes, D, C, BL, DOT)
-
         o_n = o_l[:, None] * D + o_r[None, :]
         voltage = tl.load(p_state + o_n, mask=mask, other=0.0, cache_modifier=".cg")
         adaptation = tl.load(p_state + plane + o_n, mask=mask, other=0.0, cache_modifier=".cg")
         spikes = tl.load(p_state + 2 * plane + o_n, mask=mask, other=0.0, cache_modifier=".cg")
+        active = is_active(p_lengths, o_l, o_l < num_lanes, step)[:, None]
+        lateral = lateral_input(p_state + 2 * plane, p_vector, tile, o_r, rows, num_lanes, D, C, BL, DOT)
+        drive, gate = project(
+            p_x, p_matrix + tile * D, last - tile, num_lanes, D * D, D, True, True, EPS, BL, BR, BK, DOT, STAGES
+        )
+
         a = spikes + RHO * (adaptation - spikes)
         v = alpha * (voltage - THETA * spikes) + tl.sqrt(1.0 - alpha) * (drive + bias) + (1.0 - alpha) * lateral
         u = v - BETA * a - THETA
         s = tl.minimum(tl.maximum(u, 0.0), 4.0) if GRADED else tl.where(u > 0.0, 1.0, 0.0)
-
-        active = is_active(p_lengths, o_l, o_l < num_lanes, step)[:, None]
         tl.store(p_state + o_n, v, mask=mask & active)
         tl.store(p_state + plane + o_n, a, mask=mask & active)
         tl.store(p_spikes + o_n, tl.where(active, s, spikes), mask=mask)
@@ -138,8 +138,11 @@ def cortex_out(
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """x += W_out (rms_per_column(s) * silu(z) * go); and the new spikes become the state's. GO is whether the brain has gates, `gated` whether this
-    layer obeys them."""
+    """x += W_out (rms_per_column(s) * silu(z) * go); and the new spikes become the state's.
+
+    Arguments:
+        GO: whether the brain has gates. gated: whether this layer obeys them.
+    """
     o_l, o_k = tl.arange(0, BL), tl.arange(0, BK)
     groups: tl.constexpr = BK // C
     lanes = (o_l < num_lanes)[:, None]
@@ -147,6 +150,11 @@ def cortex_out(
     while tile < last:
         o_r = tile + tl.arange(0, BR)
         rows = o_r < last
+        mask = lanes & rows[None, :]
+        o_n = o_l[:, None] * D + o_r[None, :]
+        new_spikes = tl.load(p_spikes + o_n, mask=mask, other=0.0, cache_modifier=".cg")
+        x = tl.load(p_x + o_n, mask=mask, other=0.0, cache_modifier=".cg")
+        tl.store(p_state + 2 * num_lanes * D + o_n, new_spikes, mask=mask)
         acc = empty_sums(BL, BR, BK, DOT)
         for k in tl.range(0, D, BK, num_stages=STAGES):
             inside = (k + o_k < D)[None, :]
@@ -161,11 +169,6 @@ def cortex_out(
                 scale *= tl.load(p_g, mask=lanes & (o_g < D // C)[None, :] & gated, other=1.0, cache_modifier=".cg")
             y = tl.reshape(grouped * scale[:, :, None], [BL, BK] if DOT else [BK]) * silu(z)
             acc = accumulate(acc, y, b_w, DOT)
-        mask = lanes & rows[None, :]
-        o_n = o_l[:, None] * D + o_r[None, :]
-        new_spikes = tl.load(p_spikes + o_n, mask=mask, other=0.0, cache_modifier=".cg")
-        tl.store(p_state + 2 * num_lanes * D + o_n, new_spikes, mask=mask)
-        x = tl.load(p_x + o_n, mask=mask, other=0.0, cache_modifier=".cg")
         tl.store(p_x + o_n, x + finish(acc, DOT), mask=mask)
         tile += BR
 
@@ -191,15 +194,16 @@ def plain_rows(
     o_l = tl.arange(0, BL)
     tile, last = share(num_rows, 1)
     while tile < last:
-        out, _ = project(
-            p_in, p_matrix + tile * K, last - tile, num_lanes, 0, K, NORM, False, EPS, BL, BR, BK, DOT, STAGES
-        )
         o_r = tile + tl.arange(0, BR)
         mask = (o_l < num_lanes)[:, None] & (o_r < last)[None, :]
         p_n = p_out + o_l[:, None] * num_rows + o_r[None, :]
+        before = tl.zeros([BL, BR], tl.float32)
         if ADD:
-            out += tl.load(p_n, mask=mask, other=0.0, cache_modifier=".cg")
-        tl.store(p_n, out, mask=mask)
+            before = tl.load(p_n, mask=mask, other=0.0, cache_modifier=".cg")
+        out, _ = project(
+            p_in, p_matrix + tile * K, last - tile, num_lanes, 0, K, NORM, False, EPS, BL, BR, BK, DOT, STAGES
+        )
+        tl.store(p_n, before + out, mask=mask)
         tile += BR
 
 

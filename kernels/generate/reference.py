@@ -90,7 +90,9 @@ def _read(brain: PackedBrain, state: PackedState, token_ids: Tensor) -> tuple[Te
     taps = brain.vectors[shape.taps_offset :][: shape.num_taps * width].view(shape.num_taps, width)
     x, recent_ids = relay_reference(token_ids[:, None], brain.embedding, taps, state.recent_ids, eps=shape.eps)
     x = x.float()
-    cortex, fast_weight, go = [], [], None
+    cortex: list[Tensor] = []
+    fast_weight: list[Tensor] = []
+    go = None
     for kind in _kinds(shape):
         h = rms_normalize(x, shape.eps)
         if kind == "memory":

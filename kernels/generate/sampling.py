@@ -42,7 +42,7 @@ def race(
     STAGES: tl.constexpr,
 ):
     """Logits of this program's ids, and per lane its best id with the score and logit of that, and the largest logit
-    with the sum of exp(logit - largest). With FILTER also raw logits, processed logits and scores of all, `[3, B, V]`."""
+    with the sum of exp(logit - largest). With FILTER also all raw logits, processed logits and scores, `[3, B, V]`."""
     o_l = tl.arange(0, BL)
     in_batch = o_l < num_lanes
     tile, last = share(V, 1)
@@ -156,8 +156,8 @@ def record(
     lane, token, log_prob, step, p_ids, p_log_probs, p_lengths, p_seen, p_stop, num_ids, num_stop, limit,
     V: tl.constexpr, TAPS: tl.constexpr, PENALTY: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Write a lane's token behind the ids it has read, `[B, num_ids]`; a lane that has ended repeats its last. Every
-    store gives the same value however often it is made, as several programs may record the same token."""
+    """Write a lane's token behind the ids it has read, `[B, num_ids]`, and return it; a lane that has ended repeats its
+    last. Every store gives the same value however often it is made, as several programs may record the same token."""
     p_token = p_ids + lane * num_ids + step + TAPS
     length = tl.load(p_lengths + lane, cache_modifier=".cg")
     active = (length == 0) | (length > step)
@@ -171,11 +171,13 @@ def record(
     tl.store(p_lengths + lane, step + 1, mask=active & stopped)
     if PENALTY:
         tl.store(p_seen + lane * V + token, 1)
+    return token
 
 
 @triton.jit
 def relay_lane(
     lane,
+    token,
     step,
     p_ids,
     num_ids,
@@ -188,17 +190,14 @@ def relay_lane(
     BD: tl.constexpr,
 ):
     """x = sum_j taps[j] * rms(E[id j places back]) for the token a lane reads at `step`; -1 is no token."""
-    o_d = tl.arange(0, BD)
-    inside = o_d < D
-    x = tl.zeros([BD], tl.float32)
-    for j in tl.static_range(TAPS):
-        token = tl.load(p_ids + lane * num_ids + step + TAPS - 1 - j, cache_modifier=".cg")
-        row = tl.maximum(token, 0) * D
-        e = tl.load(p_embedding + row + o_d, mask=inside, other=0.0).to(tl.float32)
-        gain = tl.load(p_taps + j * D + o_d, mask=inside, other=0.0)
-        e = e * tl.rsqrt(tl.sum(e * e, 0) / D + EPS)
-        x += tl.where(token >= 0, gain * e, 0.0)
-    tl.store(p_x + lane * D + o_d, x, mask=inside)
+    o_j, o_d = tl.arange(0, TAPS), tl.arange(0, BD)
+    inside = (o_d < D)[None, :]
+    p_past = p_ids + lane * num_ids + step + TAPS - 1 - o_j
+    ids = tl.where(o_j == 0, token, tl.load(p_past, mask=o_j > 0, other=0, cache_modifier=".cg"))
+    e = tl.load(p_embedding + (tl.maximum(ids, 0) * D)[:, None] + o_d[None, :], mask=inside, other=0.0).to(tl.float32)
+    gain = tl.load(p_taps + o_j[:, None] * D + o_d[None, :], mask=inside & (ids >= 0)[:, None], other=0.0)
+    scale = tl.rsqrt(tl.sum(e * e, 1) / D + EPS)
+    tl.store(p_x + lane * D + o_d, tl.sum(gain * e * scale[:, None], 0), mask=o_d < D)
 
 
 @triton.jit

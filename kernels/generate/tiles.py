@@ -42,12 +42,16 @@ class Tiles:
         return constants
 
 
-# (more than one lane, bytes of a weight): channels of a tile, rows at most (single, pair), stages.
+# (lanes padded, bytes of a weight): channels of a tile, rows at most (single, pair), stages.
 _TABLE = {
-    (False, 2): (256, 64, 32, 4),
-    (False, 4): (256, 32, 16, 4),
-    (True, 2): (128, 64, 32, 4),
-    (True, 4): (64, 32, 16, 2),
+    (1, 2): (256, 64, 32, 4),
+    (1, 4): (256, 16, 16, 3),
+    (16, 2): (128, 32, 32, 4),
+    (16, 4): (64, 32, 16, 2),
+    (32, 2): (128, 32, 32, 3),
+    (32, 4): (64, 16, 16, 2),
+    (64, 2): (128, 32, 16, 2),
+    (64, 4): (64, 16, 16, 2),
 }
 _INTERPRETED_TILE = 512
 _PREFETCH_LINES = 512  # 64 KB a program, about two microseconds of a card's memory rate
@@ -58,7 +62,8 @@ def choose_tiles(
 ) -> Tiles:
     """Tiles for a brain: rows of a tile are just enough for a program's share of a phase, up to a limit."""
     dot = num_lanes > 1
-    channels, most_rows, most_pairs, stages = _TABLE[dot, dtype.itemsize]
+    padded_lanes = max(16, triton.next_power_of_2(num_lanes)) if dot else 1
+    channels, most_rows, most_pairs, stages = _TABLE[padded_lanes, dtype.itemsize]
     if num_programs == 1:
         # The interpreter takes as long for a large tile as for a small one.
         channels = most_rows = most_pairs = _INTERPRETED_TILE
@@ -71,7 +76,7 @@ def choose_tiles(
         return min(max(channels, shape.column_width), triton.next_power_of_2(width))
 
     return Tiles(
-        BL=max(16, triton.next_power_of_2(num_lanes)) if dot else 1,
+        BL=padded_lanes,
         BR_PAIR=rows(shape.width, min(most_pairs, shape.column_width)),
         BR_MEMORY=rows(4 * shape.width, most_rows),
         BR_OUT=rows(shape.width, most_rows),
@@ -80,7 +85,7 @@ def choose_tiles(
         BK=tile(shape.width),
         BM=tile(shape.mlp_width),
         BD=triton.next_power_of_2(shape.width),
-        BV=min(4096, triton.next_power_of_2(shape.vocab_size)),
+        BV=min(2048, triton.next_power_of_2(shape.vocab_size)),
         BP=triton.next_power_of_2(num_programs),
         DOT=dot,
         STAGES=stages,

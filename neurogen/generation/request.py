@@ -67,7 +67,7 @@ class Generation:
         state: each lane's after the last token it read; the lane's last token was drawn and not read.
 
     A reply goes on from where it ended by giving back what is missing: `model.generate(reply.last_tokens(),
-    state=reply.state, seed=seed)` draws what a longer call would have drawn (with a repetition penalty, pass `seen` too).
+    state=reply.state, seed=seed)` draws what a longer call would have drawn (a repetition penalty needs `seen` too).
     """
 
     tokens: Tensor

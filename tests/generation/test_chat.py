@@ -131,7 +131,7 @@ def test_ctrl_c_ends_the_reply_and_not_the_session() -> None:
     run_chat(talk, terminal)
     assert "[interrupted]" in terminal.output
     assert "/branch NAME" in terminal.output, "the session went on"
-    assert 0 < talk.num_tokens <= 1 + len("hello\n") + 3 * 4, "the brain read the message and what had come of the reply"
+    assert 0 < talk.num_tokens <= 1 + len("hello\n") + 3 * 4, "the message, and what had come of the reply"
 
 
 def test_ctrl_c_at_the_prompt_says_how_to_leave() -> None:
