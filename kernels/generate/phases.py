@@ -35,15 +35,17 @@ def lateral_input(
     C: tl.constexpr,
     BL: tl.constexpr,
     DOT: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """R s for the neurons o_r of a tile, [BL, BR], from the last token's spikes `[B, D]`. With DOT the tile lies in one
-    column (the caller sees to it); a single lane gathers, so that tiles need not."""
+    column (the caller sees to it); a single lane gathers, so that tiles need not. EXACT is full float32, which costs
+    registers; otherwise three TF32 products give nearly that."""
     o_l, o_c = tl.arange(0, BL), tl.arange(0, C)
     b_w = tl.load(p_lateral + o_r[:, None] * C + o_c[None, :], mask=rows[:, None], other=0.0)
     if DOT:
         p_s = p_spikes + o_l[:, None] * D + first // C * C + o_c[None, :]
         b_s = tl.load(p_s, mask=(o_l < num_lanes)[:, None], other=0.0, cache_modifier=".cg")
-        return tl.dot(b_s, tl.trans(b_w), input_precision="ieee")
+        return tl.dot(b_s, tl.trans(b_w), input_precision="ieee" if EXACT else "tf32x3")
     else:
         p_s = p_spikes + (o_r // C * C)[:, None] + o_c[None, :]
         b_s = tl.load(p_s, mask=rows[:, None], other=0.0, cache_modifier=".cg")
@@ -79,6 +81,7 @@ def cortex_in(
     o_l = tl.arange(0, BL)
     tile, last = share(D, BR if DOT else 1)
     plane = num_lanes * D
+    EXACT: tl.constexpr = p_matrix.dtype.element_ty == tl.float32
     while tile < last:
         # All that does not depend on this token is asked for before the product, not after it.
         o_r = tile + tl.arange(0, BR)
@@ -91,10 +94,15 @@ def cortex_in(
         adaptation = tl.load(p_state + plane + o_n, mask=mask, other=0.0, cache_modifier=".cg")
         spikes = tl.load(p_state + 2 * plane + o_n, mask=mask, other=0.0, cache_modifier=".cg")
         active = is_active(p_lengths, o_l, o_l < num_lanes, step)[:, None]
-        lateral = lateral_input(p_state + 2 * plane, p_vector, tile, o_r, rows, num_lanes, D, C, BL, DOT)
+        lateral = tl.zeros([BL, BR], tl.float32)
+        if not DOT:
+            lateral = lateral_input(p_state + 2 * plane, p_vector, tile, o_r, rows, num_lanes, D, C, BL, DOT, EXACT)
         drive, gate = project(
             p_x, p_matrix + tile * D, last - tile, num_lanes, D * D, D, True, True, EPS, BL, BR, BK, DOT, STAGES
         )
+        if DOT:
+            # With many lanes the registers of the product leave no room for it before.
+            lateral = lateral_input(p_state + 2 * plane, p_vector, tile, o_r, rows, num_lanes, D, C, BL, DOT, EXACT)
 
         a = spikes + RHO * (adaptation - spikes)
         v = alpha * (voltage - THETA * spikes) + tl.sqrt(1.0 - alpha) * (drive + bias) + (1.0 - alpha) * lateral

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
 
 from kernels.generate import generate
 from kernels.generate.limits import check_shape
+from neurogen.generation.loop import PolledReader, token_loop
 from neurogen.generation.packing import brain_shape, pack_brain, pack_state, unpack_state
 from neurogen.generation.prompts import GROUP_LANES, read
 from neurogen.generation.request import Generation, Request
@@ -50,3 +52,23 @@ def generate_in_one_launch(model: NeuroGen, request: Request, *, backend: str = 
         backend=backend,
     )
     return Generation(out.tokens, out.log_probs, out.lengths, unpack_state(out.state, state))
+
+
+def launch_or_loop(model: NeuroGen, request: Request) -> Generation:
+    """`generate_in_one_launch` where brain and device allow it, otherwise the token loop, with a warning that says why:
+    a device that cannot hold the launch's programs at once refuses it, it does not hang."""
+    reason = fits_launch(model)
+    if reason is None:
+        try:
+            return generate_in_one_launch(model, request)
+        except RuntimeError as error:
+            if not _too_small(error):
+                raise
+            reason = str(error)
+    warnings.warn(f"generating token by token instead of in one launch: {reason}", stacklevel=2)
+    return token_loop(model, request, PolledReader(request, model.device))
+
+
+def _too_small(error: RuntimeError) -> bool:
+    """Whether a launch failed for want of shared memory, registers or room for all its programs."""
+    return type(error).__name__ == "OutOfResources" or "cooperative launch" in str(error)

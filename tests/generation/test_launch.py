@@ -14,7 +14,7 @@ from kernels.generate.limits import check_shape
 from kernels.sample import Sampling
 from neurogen import NeuroGen
 from neurogen.generation import Generation, Request
-from neurogen.generation.launch import generate_in_one_launch
+from neurogen.generation.launch import generate_in_one_launch, launch_or_loop
 from neurogen.generation.loop import PolledReader, token_loop
 from neurogen.generation.packing import brain_shape, pack_brain, pack_state, unpack_state
 
@@ -152,6 +152,30 @@ def test_what_the_launch_cannot_hold_is_named(changes: dict, lanes: int, words: 
     shape = {"width": 64, "column_width": 16, "head_width": 16, "mlp_width": 192, "vocab_size": 41}
     with pytest.raises(ValueError, match=words):
         check_shape(BrainShape(**{**shape, **changes}, num_wernicke=1, num_memory=1, num_broca=1), lanes)
+
+
+def test_a_brain_that_does_not_fit_goes_token_by_token_by_name() -> None:
+    model = brains.small_brain(head_width=8)
+    with torch.no_grad():
+        request = make_request(model, 2, 5)
+        with pytest.warns(UserWarning, match="token by token instead of in one launch: generate: head_width is 8"):
+            ours = launch_or_loop(model, request)
+        assert_same(ours, token_loop(model, request, PolledReader(request, model.device)), tolerance=0)
+
+
+@pytest.mark.parametrize(
+    ("message", "falls_back"), [("too many blocks in cooperative launch", True), ("an illegal memory access", False)]
+)
+def test_only_a_lack_of_room_falls_back(monkeypatch: pytest.MonkeyPatch, message: str, falls_back: bool) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr("neurogen.generation.launch.generate", refuse)
+    model = brains.small_brain()
+    with torch.no_grad():
+        request = make_request(model, 1, 2)
+        with pytest.warns(UserWarning, match=message) if falls_back else pytest.raises(RuntimeError, match=message):
+            launch_or_loop(model, request)
 
 
 def test_bytes_of_a_token_count_every_weight_and_state_once() -> None:
