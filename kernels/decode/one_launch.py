@@ -31,7 +31,12 @@ _STAGES = 3
 def _order_proxies(THREADS: tl.constexpr):
     """Make ordinary stores visible to tensor descriptors' loads, which take another way to memory."""
     tl.inline_asm_elementwise(
-        "fence.proxy.async.global; mov.u32 $0, $1;", "=r,r", [tl.arange(0, THREADS)], dtype=tl.int32, is_pure=False, pack=1
+        "fence.proxy.async.global; mov.u32 $0, $1;",
+        "=r,r",
+        [tl.arange(0, THREADS)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 

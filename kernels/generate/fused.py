@@ -132,4 +132,3 @@ def _scratch(
     candidate_id = torch.empty(num_programs * num_lanes, dtype=torch.int32, device=device)
     logits = torch.empty(3 * num_lanes * shape.vocab_size if filtered else 1, device=device)
     return [*floats, candidate_id, logits]
-

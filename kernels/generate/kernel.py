@@ -85,9 +85,7 @@ def memory_layer(
     weight, forget, write = fetch_memory(unit, p_x, p_state, p_vector, num_units, D, H, N, DELTA, EPS, BD)
     grid_barrier(p_counter, SINGLE)
     while unit < num_units:
-        memory_unit(
-            unit, weight, forget, write, p_inner, p_y, p_state, p_lengths, step, D, H, N, DELTA, EPS
-        )
+        memory_unit(unit, weight, forget, write, p_inner, p_y, p_state, p_lengths, step, D, H, N, DELTA, EPS)
         unit += tl.num_programs(0)
         if unit < num_units:
             weight, forget, write = fetch_memory(unit, p_x, p_state, p_vector, num_units, D, H, N, DELTA, EPS, BD)

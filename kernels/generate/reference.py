@@ -61,9 +61,7 @@ def generate_reference(
                 ((1, -1, 1, 1, 1), fast_weight, new[1].fast_weight),
             )
         )
-        drawn = sample_reference(
-            hidden, brain.decoder, sampling, seed=seed, lanes=lanes, positions=position, seen=seen
-        )
+        drawn = sample_reference(hidden, brain.decoder, sampling, seed=seed, lanes=lanes, positions=position, seen=seen)
         token_ids = torch.where(done, token_ids, drawn.tokens)
         tokens.append(token_ids)
         log_probs.append(drawn.log_probs.masked_fill(done, 0.0))
@@ -171,7 +169,5 @@ def _memory_circuit(
     forget = F.linear(h, vectors.take(heads, width), vectors.take(heads))
     write = F.linear(h, vectors.take(heads, width), vectors.take(heads)) if shape.rule == "delta" else None
     vectors.align()
-    read, new = memory_reference(
-        query, key, value, forget, write, state, rule=shape.rule, chunk_size=1, eps=shape.eps
-    )
+    read, new = memory_reference(query, key, value, forget, write, state, rule=shape.rule, chunk_size=1, eps=shape.eps)
     return gated_norm_reference(read.flatten(-2), gate, group_size=shape.head_width, eps=shape.eps), new

@@ -158,9 +158,7 @@ def _read_aligned(model: NeuroGen, rows: list[Tensor], longest: int) -> BrainSta
 
 
 @torch.no_grad()
-def read(
-    model: NeuroGen, input_ids: Tensor, state: BrainState, document_start: Tensor | None = None
-) -> BrainState:
+def read(model: NeuroGen, input_ids: Tensor, state: BrainState, document_start: Tensor | None = None) -> BrainState:
     """The state after `input_ids` `[B, T]`, T >= 0, on the model's device; nothing is predicted."""
     for start in range(0, input_ids.shape[1], PREFILL_WINDOW):
         window = slice(start, start + PREFILL_WINDOW)

@@ -113,9 +113,7 @@ def check_stop(stop: Sequence[int], vocab_size: int) -> tuple[int, ...]:
     return tuple(int(token_id) for token_id in stop)
 
 
-def make_sampling(
-    *, temperature: float, top_k: int, top_p: float, min_p: float, repetition_penalty: float
-) -> Sampling:
+def make_sampling(*, temperature: float, top_k: int, top_p: float, min_p: float, repetition_penalty: float) -> Sampling:
     """The settings of a draw; UserError for one out of range."""
     try:
         return Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
