@@ -21,11 +21,10 @@ from neurogen.training.trained import load_trained
 def main(config: EvaluateConfig) -> None:
     trained = load_trained(config.checkpoint, mode=config.mode.name, device=config.device, dtype=config.dtype)
     data = config.data or trained.config.data
-    if data.tokenizer != trained.tokenizer.kind:
-        raise UserError(
-            f"data.tokenizer={data.tokenizer}: the checkpoint's vocabulary is {trained.tokenizer.kind} with "
-            f"{trained.tokenizer.vocab_size} ids; add data.tokenizer={trained.tokenizer.kind}"
-        )
+    asked, kind, size = data.tokenizer, trained.tokenizer.kind, trained.tokenizer.vocab_size
+    if asked in ("bytes", "bpe") and (asked != kind or data.vocab_size not in (None, size)):
+        remedy = f"data.tokenizer={kind}" + (f" data.vocab_size={size}" if kind == "bpe" else "")
+        raise UserError(f"data.tokenizer={asked}: the checkpoint's vocabulary is {kind} with {size} ids; use {remedy}")
     corpus = build_corpus(data, tokenizer=trained.tokenizer if config.data else None)
     if corpus.tokenizer.fingerprint != trained.tokenizer.fingerprint:
         raise UserError(

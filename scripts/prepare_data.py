@@ -1,7 +1,7 @@
 """Tokenise text once into shards that training maps: `data=shards data.path=<out>`.
 
     python scripts/prepare_data.py out=shards data=text data.path='books/*.txt' data.tokenizer=bpe data.vocab_size=8192
-    python scripts/prepare_data.py out=shards data=slimpajama data.path='/mnt/slimpajama/*.jsonl.zst' data.max_chunks=null
+    python scripts/prepare_data.py out=shards data=slimpajama data.path='/mnt/slim/*.jsonl.zst' data.max_chunks=null
 
 Settings are key=value, as in the other scripts:
     out=DIR                  where the shards go (required); the same command again carries on after a kill
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> tuple[dict[str, Any], DataConfig]:
-    """Split this script's own settings from those of the data group, and compose the latter. UserError for a bad one."""
+    """This script's own settings, and the composed data group. UserError for a bad one."""
     own: dict[str, Any] = {"workers": os.cpu_count() or 1, "shard_tokens": 1 << 26, "long_documents": "error"}
     group, overrides = "text", []
     for argument in arguments:

@@ -149,8 +149,8 @@ def _schema_of(group: str, values: Mapping[str, Any]) -> Any:
 
 
 def group_choices(group: str) -> list[str]:
-    """The names of the YAML files in conf/<group>."""
-    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+    """The names of the YAML files in conf/<group>, those that others only build on (`_...`) left out."""
+    return sorted(path.stem for path in (CONF_DIR / group).glob("[!_]*.yaml"))
 
 
 def explain(error: Exception, root: type[Any] = Config) -> str:

@@ -70,6 +70,11 @@ class Batches:
         self.seed = seed
         self._rank_lanes = range(lanes)[_rank_lanes(lanes, rank, world_size)] if only is None else only
 
+    @property
+    def epoch(self) -> int:
+        """How many times as many tokens as the stream has were served."""
+        raise NotImplementedError
+
     def __iter__(self):
         return self
 

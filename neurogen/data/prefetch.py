@@ -33,6 +33,7 @@ class Prefetcher:
         self._state = batches.state_dict()
         self.num_batches = self.num_stalls = 0
         self.wait_seconds = 0.0
+        self._failure: BaseException | None = None
         self._start()
 
     def __enter__(self) -> Prefetcher:
@@ -45,15 +46,18 @@ class Prefetcher:
         return self
 
     def __next__(self) -> Batch:
+        if self._failure is not None:
+            raise self._failure
         try:
             item = self._ready.get_nowait()
         except queue.Empty:
-            # The first batch after a start cannot be ready: it counts as waiting, but says nothing of the thread's pace.
+            # The first batch after a start cannot be ready: its wait is counted, but it is no stall of the thread.
             self.num_stalls += self.num_batches > self._first
             began = time.perf_counter()
             item = self._ready.get()
             self.wait_seconds += time.perf_counter() - began
         if isinstance(item, BaseException):
+            self._failure = item
             self.close()
             raise item
         batch, copied, self._state = item
@@ -88,6 +92,7 @@ class Prefetcher:
 
     def _start(self) -> None:
         self._first = self.num_batches
+        self._failure = None
         self._stop = threading.Event()
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=self._depth)
         self._thread = threading.Thread(target=self._work, name="data-prefetch", daemon=True)

@@ -48,8 +48,8 @@ class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum for matrices [..., M, N] (see the module for why torch's own does not fit).
 
     m = momentum m + (1 - momentum) g; the update is orthogonalize(m, or g (1 - momentum) + momentum m with Nesterov)
-    times 0.2 sqrt(max(M, N)); weight decay is decoupled. A group's
-    `num_stacked` says that its parameters hold that many matrices one above the other, each orthogonalised alone. Setting `found_inf` to a 0-d tensor that is 1 leaves
+    times 0.2 sqrt(max(M, N)); weight decay is decoupled. A group's `num_stacked` says that its parameters hold that
+    many matrices one above the other, each orthogonalised alone. Setting `found_inf` to a 0-d tensor that is 1 leaves
     parameters and momentum as they are, without the host looking at it (the convention of torch's fused optimisers).
     """
 

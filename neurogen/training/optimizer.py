@@ -38,7 +38,7 @@ def parameter_role(name: str, param: Tensor) -> str:
 
 
 def num_stacked(name: str) -> int:
-    """How many matrices a parameter holds one above the other: drive and gate; query, key, value and gate; gate and value."""
+    """How many matrices a parameter holds one above the other, such as query, key, value and gate."""
     parts = name.split(".")
     if parts[-2:] != ["in_proj", "weight"]:
         return 1

@@ -27,7 +27,16 @@ if TYPE_CHECKING:
 
 # Changing these would give the saved weights, moments or lanes another meaning; the data's position and text are
 # checked apart.
-FIXED_KEYS = ("model.", "data.tokenizer", "data.vocab_size", "data.batching", "data.lanes", "optimizer.name", "seed")
+FIXED_KEYS = (
+    "model.",
+    "data.tokenizer",
+    "data.vocab_size",
+    "data.batching",
+    "data.shuffle",
+    "data.lanes",
+    "optimizer.name",
+    "seed",
+)
 # Where a run is kept and how it was asked for say nothing about what it computes.
 PLACE_KEYS = ("run_dir", "resume")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from neurogen.brain import BrainState
 from neurogen.config.compose import config_to_dict
-from neurogen.data import Corpus, LaneBatches, RandomBatches, make_batches
+from neurogen.data import Batches, Corpus, make_batches
 from neurogen.errors import UserError
 from neurogen.model import NeuroGen
 from neurogen.modes import resolve_mode
@@ -44,7 +44,7 @@ class Session:
     precision: Precision
     model: NeuroGen
     optimizer: ModelOptimizer
-    batches: LaneBatches | RandomBatches
+    batches: Batches
     meter: Meter
     progress: Progress = field(default_factory=Progress)
     states: list[BrainState | None] = field(default_factory=list)

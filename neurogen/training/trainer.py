@@ -130,22 +130,28 @@ class Trainer:
         return metrics
 
     def validate(self) -> dict[str, float]:
-        """val/... with the state carried from window to window and, if wanted, val_reset/... with a new one in each."""
+        """val/... with the state carried from window to window and, if wanted, val_reset/... with a new one in each.
+
+        A mixture's sources are evaluated one by one as well, as val/<source>/...
+        """
         session, data = self.session, self.session.config.data
         metrics: dict[str, float] = {}
-        for prefix, carry_state in (("val", True), ("val_reset", False)):
-            if carry_state or self.config.evaluate_reset:
-                result = evaluate(
-                    session.model,
-                    session.corpus.validation,
-                    session.corpus.tokenizer,
-                    lanes=data.lanes // self.config.accumulation,
-                    window=data.window,
-                    precision=session.precision,
-                    max_tokens=self.config.evaluate_tokens,
-                    carry_state=carry_state,
-                )
-                metrics |= result.metrics(prefix)
+        passes = [("val", session.corpus.validation, True)]
+        if self.config.evaluate_reset:
+            passes.append(("val_reset", session.corpus.validation, False))
+        passes += [(f"val/{name}", stream, True) for name, stream in session.corpus.validation_sources.items()]
+        for prefix, stream, carry_state in passes:
+            result = evaluate(
+                session.model,
+                stream,
+                session.corpus.tokenizer,
+                lanes=data.lanes // self.config.accumulation,
+                window=data.window,
+                precision=session.precision,
+                max_tokens=self.config.evaluate_tokens,
+                carry_state=carry_state,
+            )
+            metrics |= result.metrics(prefix)
         return metrics
 
     def _sample(self) -> None:

@@ -14,12 +14,12 @@ from neurogen.errors import UserError
 # Choices that cannot stand alone, and the least they need.
 NEEDS = {
     "data=text": ["data.path=notes.txt"],
+    "data=shards": ["data.path=shards"],
+    "data=mixture": ["data.sources={a: {kind: stdlib, split: documents, weight: 1}}"],
     "data=enwiki": ["data.path=a.jsonl.zst"],
     "experiment=enwiki_50s": ["data.path=a.jsonl.zst"],
 }
-CHOICES = sorted(
-    f"{path.parent.name}={path.stem}" for path in CONF_DIR.glob("*/*.yaml") if not path.parent.name.startswith("hydra")
-)
+CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF_DIR.glob("*/[!_]*.yaml"))
 
 
 @pytest.mark.parametrize("choice", CHOICES)

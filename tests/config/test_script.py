@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from neurogen.config.compose import compose_config, config_to_dict
 from neurogen.config.continued import continue_config
 from neurogen.config.script import run_script
 from neurogen.config.script_configs import EvaluateConfig, GenerateConfig
 from neurogen.errors import UserError
 from neurogen.training.run_directory import RunDirectory
-from neurogen.config.compose import compose_config, config_to_dict
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,16 @@
 """From files to streams: contents, order, split, faults, and what the cache holds afterwards."""
 
 import json
-import multiprocessing
-import os
-import time
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import zstandard
 
-from neurogen.data import ByteTokenizer, DataConfig, LaneBatches, build_corpus, open_corpus
+from neurogen.data import ByteTokenizer, DataConfig, LaneBatches, build_corpus, open_corpus, text_corpus
 from neurogen.data import documents as documents_module
 from neurogen.data.sources import find_sources, stdlib_sources
 from neurogen.errors import UserError
@@ -275,56 +276,45 @@ def test_damage_in_the_cache_is_named(tmp_path):
         open_corpus(tmp_path)
 
 
-def test_what_a_killed_build_left_is_removed(tmp_path):
+def test_what_a_killed_build_left_is_removed(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     path = tmp_path / "a.txt"
     path.write_text("some text")
-    killed = multiprocessing.get_context("spawn").Process(target=_build_and_die, args=(text_config(path), cache))
-    killed.start()
-    killed.join()
-    assert killed.exitcode == 9
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+
+    def die(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # as if that process had been killed while tokenising
+        patch.setattr(text_corpus.os, "getpid", lambda: killed.pid)
+        patch.setattr(text_corpus.shutil, "rmtree", lambda *args, **kwargs: None)
+        patch.setattr(text_corpus, "_tokenize", die)
+        with pytest.raises(KeyboardInterrupt):
+            build_corpus(text_config(path), cache)
     assert len(leftovers(cache)) == 1
     build_corpus(text_config(path), cache)
     (only,) = leftovers(cache)
     assert not only.startswith("tmp-")
 
 
-def _build_and_die(config, cache):
-    from neurogen.data import text_corpus
-
-    text_corpus._tokenize = lambda *args, **kwargs: os._exit(9)
-    build_corpus(config, cache)
-
-
-def test_concurrent_builds_end_in_one_corpus(tmp_path):
+def test_concurrent_builds_end_in_one_corpus(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", DOCS * 50)
     cache = tmp_path / "cache"
-    context = multiprocessing.get_context("spawn")
-    start = context.Event()
-    queue = context.Queue()
-    workers = [context.Process(target=_build_at, args=(start, queue, text_config(path), cache)) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    start.set()
-    fingerprints = {queue.get(timeout=60) for _ in workers}
-    for worker in workers:
-        worker.join()
-    assert len(fingerprints) == 1
-    assert len(leftovers(cache)) == 1
-
-
-def _build_at(start, queue, config, cache):
-    from neurogen.data import text_corpus
-
+    all_building = threading.Barrier(3)
     tokenize = text_corpus._tokenize
 
-    def slowly(*args, **kwargs):
+    def together(*args, **kwargs):
+        all_building.wait(timeout=60)
         tokenize(*args, **kwargs)
-        time.sleep(0.5)  # so that all are building at once
+        all_building.wait(timeout=60)
 
-    text_corpus._tokenize = slowly
-    start.wait()
-    queue.put(build_corpus(config, cache).fingerprint)
+    monkeypatch.setattr(text_corpus, "_tokenize", together)
+    with ThreadPoolExecutor(3) as pool:
+        corpora = list(pool.map(lambda _: build_corpus(text_config(path), cache), range(3)))
+    assert len({corpus.fingerprint for corpus in corpora}) == 1
+    assert len(leftovers(cache)) == 1
+    np.testing.assert_array_equal(corpora[0].train.tokens, corpora[2].train.tokens)
 
 
 def test_standard_library(tmp_path, monkeypatch):

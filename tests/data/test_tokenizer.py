@@ -1,6 +1,7 @@
 """Round trips, byte counts and what a checkpoint carries."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neurogen.data import BpeTokenizer, ByteTokenizer, load_tokenizer
+from neurogen.data import BpeTokenizer, ByteTokenizer, DataConfig, build_corpus, load_tokenizer
 from neurogen.errors import UserError
 
 TEXTS = ["def f(x):\n    return x + 1\n", "Grüße, 世界! 🧠\r\n\t", "the cat the dog the cat " * 20]
@@ -112,8 +113,50 @@ def test_vocabulary_larger_than_the_text_yields():
         BpeTokenizer.train(iter(TEXTS), vocab_size=9000)
 
 
+@pytest.mark.parametrize("start", ["<|endoftext|>", "<s>"])
+def test_a_tokenizer_json_made_elsewhere(tmp_path, start):
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\s+|\S+"), "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<other>", start], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(TEXTS, trainer)
+    made.add_tokens(["    "])
+    made.enable_truncation(4)
+    path = tmp_path / "their.json"
+    path.write_text(made.to_str())
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.document_start_id == 1
+    assert tokenizer.vocab_size == 281
+    text = f"a {start} b     c    <other> " + TEXTS[1]
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_num_bytes()[ids].sum() == len(text.encode())
+    assert not set(ids.tolist()) & {0, 1}
+    assert 280 in ids
+
+
+def test_a_tokenizer_file_for_a_corpus(tmp_path):
+    BPE.save(tmp_path / "saved")
+    (tmp_path / "a.txt").write_text(TEXTS[0] * 9)
+    config = {"kind": "text", "path": str(tmp_path / "a.txt"), "tokenizer": "file"}
+    for path in (tmp_path / "saved", tmp_path / "saved" / "tokenizer.json"):
+        corpus = build_corpus(DataConfig(tokenizer_path=str(path), **config), tmp_path / "cache")
+        assert corpus.tokenizer.fingerprint == BPE.fingerprint
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    with pytest.raises(UserError, match=r"cannot read tokenizer .*missing\.json"):
+        build_corpus(DataConfig(tokenizer_path=str(tmp_path / "missing.json"), **config), tmp_path / "cache")
+
+
 def test_missing_and_damaged_tokenizers(tmp_path):
-    with pytest.raises(UserError, match=r"cannot read .*tokenizer_info\.json"):
+    with pytest.raises(UserError, match=r"cannot read tokenizer .*tokenizer_info\.json"):
         load_tokenizer(tmp_path)
     BPE.save(tmp_path)
     definition = tmp_path / "tokenizer.json"
@@ -144,3 +187,41 @@ def test_tokenizers_that_would_not_round_trip():
     del settings["model"]["vocab"]["<|document_start|>"]
     with pytest.raises(UserError, match="no special token"):
         BpeTokenizer(json.dumps(settings))
+
+
+def test_sentencepiece_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    (tmp_path / "a.model").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a\.model needs the package sentencepiece; install it"):
+        load_tokenizer(tmp_path / "a.model")
+
+
+def test_sentencepiece(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat", "the dog ate the cat"] * 30),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=300,
+        byte_fallback=True,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        minloglevel=9,
+    )
+    tokenizer = load_tokenizer(tmp_path / "m.model")
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    for text in ("the cat ate", "a zebra: 世界", "the"):
+        ids = tokenizer.encode(text)
+        assert ids.tolist() == reference.encode(text)
+        assert tokenizer.decode(ids) == text
+        # The model puts a space in front, and takes it away again.
+        assert tokenizer.token_num_bytes()[ids].sum() == len(text.encode()) + 1
+    assert not tokenizer.exact
+    assert tokenizer.document_start_id == reference.bos_id()
+    assert tokenizer.decode([tokenizer.document_start_id, *tokenizer.encode("the cat").tolist()]) == "the cat"
+    tokenizer.save(tmp_path / "saved")
+    loaded = load_tokenizer(tmp_path / "saved")
+    assert loaded.fingerprint == tokenizer.fingerprint
+    np.testing.assert_array_equal(loaded.encode("the mat"), tokenizer.encode("the mat"))
+    (tmp_path / "bad.model").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"bad\.model is not a SentencePiece model"):
+        load_tokenizer(tmp_path / "bad.model")

@@ -1,5 +1,6 @@
 """Evaluation against a token-by-token count, and the small formulas beside it."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from neurogen import BrainConfig, NeuroGen
-from neurogen.data import BpeTokenizer, ByteTokenizer, TokenStream, Tokenizer
+from neurogen.data import BpeTokenizer, ByteTokenizer, Tokenizer, TokenStream
 from neurogen.training.evaluation import Evaluation, evaluate
 from neurogen.training.flops import model_flops_utilization, peak_flops, peak_memory_bytes
 from neurogen.training.precision import Precision
@@ -39,7 +40,7 @@ def naive(
     ids = stream.tokens.astype(np.int64)
     nats, hits, size = 0.0, 0, 0
     bounds = [lane * limit // lanes for lane in range(lanes + 1)]
-    for start, end in zip(bounds, bounds[1:]):
+    for start, end in itertools.pairwise(bounds):
         state = model.init_state(1)
         for i in range(start, end):
             if ids[i] == stream.document_start_id or i == 0 or (not carry and (i - start) % window == 0):
@@ -113,5 +114,3 @@ def test_peak_rates_by_device_name(name: str, peak: float | None) -> None:
 def test_a_cpu_has_memory_but_no_utilization() -> None:
     assert model_flops_utilization(1e6, 1e6, torch.device("cpu")) is None
     assert 50e6 < peak_memory_bytes(torch.device("cpu")) < 1e12
-
-

@@ -137,10 +137,8 @@ def test_a_skipped_step_leaves_everything(config: AdamWConfig | MuonConfig) -> N
     optimizer.step(skip=NO_SKIP)
 
     def everything() -> dict[str, Tensor]:
-        return {
-            name: value.detach().clone()
-            for name, value in (*model.named_parameters(), *optimizer.state_tensors().items())
-        }
+        named = (*model.named_parameters(), *optimizer.state_tensors().items())
+        return {name: value.detach().clone() for name, value in named}
 
     before = everything()
     for param in model.parameters():

@@ -12,13 +12,15 @@ import torch
 
 from neurogen.config.compose import compose_config
 from neurogen.config.schema import Config
+from neurogen.data import BpeTokenizer
 from neurogen.errors import UserError
 from neurogen.training.checkpoint import list_checkpoints, load_checkpoint
 from neurogen.training.metrics import read_metrics
 from neurogen.training.run import train
 from neurogen.training.trained import load_trained
 
-QUICK = ["trainer.checkpoint_every=0", "trainer.sample_prompts=['']", "trainer.sample_tokens=2", "trainer.evaluate_tokens=64"]
+QUICK = ["trainer.checkpoint_every=0", "trainer.evaluate_tokens=64"]
+QUICK += ["trainer.sample_prompts=['']", "trainer.sample_tokens=2"]
 TIMINGS = ("seconds", "throughput/tokens_per_second", "memory/peak_bytes")
 
 
@@ -29,7 +31,7 @@ def plots() -> bool:
 
 @pytest.fixture
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plots: bool) -> Path:
-    """A small corpus, with the run's cache and runs/ beside it. Plots take longer than these runs: one test draws them."""
+    """A small corpus, with the run's cache beside it. Plots take longer than these runs: one test draws them."""
     if not plots:
         monkeypatch.setattr("neurogen.training.recorder.plot_run", lambda path: [])
     monkeypatch.chdir(tmp_path)
@@ -58,7 +60,8 @@ def test_a_run_leaves_everything(text: Path, capsys: pytest.CaptureFixture[str])
     assert all({"step", "tokens", "seconds", "train/loss", "train/grad_norm"} <= row.keys() for row in rows)
     assert [row["tokens"] for row in rows] == [64 * step for step in range(1, 9)]
     last = rows[-1]
-    wanted = {f"{prefix}/{name}" for prefix in ("val", "val_reset") for name in ("loss", "bpb", "perplexity", "accuracy")}
+    measures = ("loss", "bpb", "perplexity", "accuracy")
+    wanted = {f"{prefix}/{name}" for prefix in ("val", "val_reset") for name in measures}
     wanted |= {"throughput/tokens_per_second", "memory/peak_bytes", "train/learning_rate", "train/skipped_steps"}
     wanted |= {"health/wernicke/firing_rate", "health/broca/firing_rate"}
     assert wanted <= last.keys()
@@ -160,13 +163,14 @@ def test_what_changed_is_said_and_what_would_corrupt_is_refused(text: Path, caps
     before = {path: path.read_bytes() for path in Path("a").rglob("*") if path.is_file() and path.name != "lock"}
     for override, message in {
         "model.embedding_dim=24": r"model\.embedding_dim=24: the run to resume has model\.embedding_dim=16",
+        "data.tokenizer=bpe data.vocab_size=280": r"data\.tokenizer=bpe: the run to resume has",
         "optimizer=muon": r"optimizer\.name=muon: the run to resume has",
         "data.lanes=8": r"data\.lanes=8: the run to resume has data\.lanes=4",
         "data.path=file1.txt": "data: the text is not the one",
         "seed=9": "seed=9: the run to resume has seed=0",
     }.items():
         with pytest.raises(UserError, match=message):
-            train(configure("resume=a", override))
+            train(configure("resume=a", *override.split()))
         after = {path: path.read_bytes() for path in Path("a").rglob("*") if path.is_file() and path.name != "lock"}
         assert after == before, override
     capsys.readouterr()
@@ -204,18 +208,22 @@ def test_a_failed_run_says_so(text: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (status["state"], status["reason"]) == ("failed", "RuntimeError: no more luck")
 
 
-def test_a_trained_model_loads_and_a_foreign_vocabulary_does_not(text: Path) -> None:
+def test_a_trained_model_loads_and_a_foreign_vocabulary_does_not(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(configure("run_dir=a", "trainer.evaluate_every=0"))
     trained = load_trained("a", mode="auto", device="cpu", dtype="auto")
     assert (trained.step, trained.tokenizer.kind, trained.starts_documents) == (8, "bytes", True)
     saved = load_checkpoint("a").model_tensors.load()
     for name, tensor in trained.model.state_dict().items():
         assert torch.equal(tensor, saved[name]), name
+    foreign = BpeTokenizer.train(["the cat sat on the mat"], vocab_size=260)
+    monkeypatch.setattr("neurogen.training.trained.load_tokenizer", lambda path: foreign)
+    with pytest.raises(UserError, match=r"its tokenizer \(260 ids\) is not the one its weights were trained with"):
+        load_trained("a", mode="auto", device="cpu", dtype="auto")
 
 
 @pytest.mark.slow
 def test_a_float64_run_and_a_bfloat16_run(text: Path) -> None:
     for dtype in ("float64", "bfloat16"):
         train(configure(f"run_dir={dtype}", f"trainer.dtype={dtype}", "trainer.max_steps=3"))
-    kinds = {name: load_checkpoint(name).model_tensors.load()["decoder.weight"].dtype for name in ("float64", "bfloat16")}
-    assert kinds == {"float64": torch.float64, "bfloat16": torch.float32}
+    for dtype, kept in (("float64", torch.float64), ("bfloat16", torch.float32)):
+        assert load_checkpoint(dtype).model_tensors.load()["decoder.weight"].dtype == kept

@@ -137,8 +137,9 @@ def test_a_batch_without_targets_updates_nothing_but_moves_the_state() -> None:
 
 def step_result(loss: float, targets: int, *, skipped: bool = False, rate: float = 0.5) -> StepResult:
     number = torch.tensor
+    health = {"rate": number(rate)}
     return StepResult(
-        number(loss), number(targets // 2), targets, number(2.0 * loss), number(float(skipped)), {"rate": number(rate)}, []
+        number(loss), number(targets // 2), targets, number(2.0 * loss), number(float(skipped)), health, []
     )
 
 
