@@ -12,6 +12,7 @@ from typing import Any
 
 from neurogen.brain.config import BrainConfig
 from neurogen.data.config import DataConfig
+from neurogen.sweep.config import GridConfig, LocalConfig, OptunaConfig, SlurmConfig
 from neurogen.training.loggers import LoggerConfig
 
 
@@ -146,4 +147,6 @@ GROUPS: dict[str, Any] = {
     "schedule": {"cosine": CosineConfig, "wsd": WSDConfig, "constant": ConstantConfig},
     "logger": LoggerConfig,
     "trainer": TrainerConfig,
+    "sweep": {"grid": GridConfig, "optuna": OptunaConfig},
+    "launcher": {"local": LocalConfig, "slurm": SlurmConfig},
 }
