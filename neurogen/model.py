@@ -12,6 +12,7 @@ from neurogen.brain import Brain, BrainConfig, BrainState, Decoder, TokenEmbeddi
 from neurogen.errors import UserError
 from neurogen.generation import Generation, generate
 from neurogen.modes import make_mode
+from neurogen.probes import stage
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class NeuroGen(nn.Module):
         health = health_metrics(out)
         if target_ids is None:
             return Output(self.decoder(out.broca_output), None, None, None, out.state, health)
-        decoded = self.decoder.loss(out.broca_output, target_ids, self.mode.backend)
+        decoded = self.mode.loss(self.decoder, out.broca_output, target_ids)
         return Output(None, decoded.loss, decoded.num_correct, decoded.num_targets, out.state, health)
 
     def step(self, token_ids: Tensor, state: BrainState) -> tuple[Tensor, BrainState]:
@@ -137,9 +138,10 @@ class NeuroGen(nn.Module):
         assert out.loss is not None
         assert out.num_correct is not None
         assert out.num_targets is not None
-        out.loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters(), self._max_grad_norm)
-        self._optimizer.step()
+        with stage("learn"):
+            out.loss.backward()
+            nn.utils.clip_grad_norm_(self.parameters(), self._max_grad_norm)
+            self._optimizer.step()
         accuracy = out.num_correct / out.num_targets.clamp_min(1)
         loss_value, accuracy_value = torch.stack([out.loss.detach().double(), accuracy.double()]).tolist()
         return loss_value, accuracy_value

@@ -85,7 +85,10 @@ def parse(arguments: list[str]) -> tuple[dict[str, Any], DataConfig]:
         raise UserError("out is missing; say where the shards go, e.g. out=shards")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         composed = hydra.compose(f"data/{group}", overrides).data
-    return own, DataConfig(**OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise UserError(f"data.{missing[0]} is missing; data={group} needs it, e.g. data.{missing[0]}=...")
+    return own, DataConfig(**OmegaConf.to_container(composed, resolve=True))
 
 
 def run(own: dict[str, Any], config: DataConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from kernels.backend import check_backend
+from kernels.cortex.fused import cortex_fused
 from kernels.cortex.reference import CortexOutput, CortexState, cortex_reference
 from kernels.cortex.spike import GRADED_CEILING, SPIKES
 
@@ -24,7 +25,8 @@ def cortex(
 ) -> CortexOutput:
     """Run spiking hyper-columns through a sequence; see `cortex_reference` for shapes and formulas."""
     check_backend(backend)
-    return cortex_reference(
+    run = cortex_fused if backend == "fused" else cortex_reference
+    return run(
         drive,
         lateral_weight,
         decay,

@@ -72,8 +72,7 @@ def cortex_reference(
 
     with no_autocast(drive):
         alpha = decay.to(dtype).view(num_columns, 1, column_width)
-        # One product a token does the lateral input and the soft reset: (1 - alpha) R s - alpha theta s.
-        recurrent = lateral_weight.to(dtype).transpose(1, 2) * (1 - alpha) - torch.diag_embed(alpha[:, 0] * threshold)
+        recurrent = recurrent_weight(lateral_weight.to(dtype), alpha, threshold)
         # (1 - alpha) I / sqrt(1 - alpha), laid out [T, K, B, C] so that a token is one contiguous block.
         driven = by_column(drive.transpose(0, 1)) * (1 - alpha).sqrt()
         v, a, s = (by_column(x) for x in state)
@@ -102,3 +101,9 @@ def cortex_reference(
             num_fired=fired.sum((0, 2), dtype=torch.int32).view(width),
             num_saturated=saturated.sum((0, 2), dtype=torch.int32).view(width),
         )
+
+
+def recurrent_weight(lateral_weight: Tensor, alpha: Tensor, threshold: float) -> Tensor:
+    """The one matrix a column, `[K, C, C]`, by which a row of spikes is multiplied: lateral input and soft reset,
+    (1 - alpha) R s - alpha theta s, for R `[K, C, C]` and alpha `[K, 1, C]`."""
+    return lateral_weight.transpose(1, 2) * (1 - alpha) - torch.diag_embed(alpha[:, 0] * threshold)

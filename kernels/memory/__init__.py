@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from kernels.backend import check_backend
+from kernels.memory.fused import memory_fused
 from kernels.memory.reference import RULES, memory_reference
 
 __all__ = ["RULES", "memory"]
@@ -24,7 +25,8 @@ def memory(
 ) -> tuple[Tensor, Tensor]:
     """Write and read fast weights along a sequence; see `memory_reference` for shapes and formulas."""
     check_backend(backend)
-    return memory_reference(
+    implementation = memory_fused if backend == "fused" else memory_reference
+    return implementation(
         query,
         key,
         value,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 MODES = ("auto", "naive", "pointer", "preallocated", "unfused", "fused")
 DTYPES = ("auto", "float32", "bfloat16", "float64")
+ON_CANARY_FAILURE = ("stop", "fall_back")
 LOGGERS = ("wandb", "none")
 LOGGER_MODES = ("offline", "online")
 PROGRESS_BY = ("auto", "steps", "tokens", "seconds")
@@ -21,6 +22,7 @@ PROGRESS_BY = ("auto", "steps", "tokens", "seconds")
 def check_config(config: Config) -> None:
     """Raise UserError for the first setting that is out of range or contradicts another."""
     one_of("mode.name", config.mode.name, MODES)
+    one_of("mode.on_canary_failure", config.mode.on_canary_failure, ON_CANARY_FAILURE)
     one_of("logger.name", config.logger.name, LOGGERS)
     one_of("logger.mode", config.logger.mode, LOGGER_MODES)
     _check_trainer(config)

@@ -18,9 +18,13 @@ from neurogen.training.loggers import LoggerConfig
 
 @dataclass
 class ModeConfig:
-    """How a sequence runs: auto, naive, pointer, preallocated, unfused or fused (one model, five ways)."""
+    """How a sequence runs: auto, naive, pointer, preallocated, unfused or fused (one model, five ways).
+
+    on_canary_failure: what to do where a fused kernel disagrees with its definition: stop, or fall_back to unfused.
+    """
 
     name: str = "auto"
+    on_canary_failure: str = "stop"
 
 
 @dataclass

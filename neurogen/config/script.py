@@ -16,6 +16,7 @@ from neurogen.config.schema import Config
 from neurogen.errors import UserError
 
 USER_ERROR_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 
 
 def run_script(
@@ -31,8 +32,8 @@ def run_script(
 
     `verbatim` keys are taken from the command line as they stand (`prompt=def f(x):`), past Hydra's grammar;
     `prepare` may replace the composed tree, given the overrides, before it is checked.
-    Returns the exit code: the task's (None is 0), or 2 after `error: ...` on stderr for what a user can mend. A bug
-    keeps its traceback.
+    Returns the exit code: the task's (None is 0), 2 after `error: ...` on stderr for what a user can mend, 130 after a
+    Ctrl-C that the task did not take. A bug keeps its traceback.
     """
     words, texts = _split_verbatim(list(sys.argv[1:] if arguments is None else arguments), verbatim)
     outcome: list[int | UserError] = []
@@ -53,6 +54,9 @@ def run_script(
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed over several lines
     try:
         hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base="1.3")(guarded)()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return INTERRUPTED_EXIT_CODE
     except CONFIG_ERRORS as error:
         outcome.append(UserError(explain(error, root)))
     except ValueError as error:

@@ -27,11 +27,14 @@ class Batch:
     input_ids: int64 [B, T].
     target_ids: int64 [B, T], the token after each input, -100 where there is none.
     document_start: bool [B, T], True where the state is to be reset before reading the input.
+    num_targets: int64 [B], how many targets of each lane are not -100, counted on the host: asking a GPU would make the
+        host wait for it. None where nobody counted.
     """
 
     input_ids: torch.Tensor
     target_ids: torch.Tensor
     document_start: torch.Tensor
+    num_targets: np.ndarray | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch on `device`."""
@@ -39,6 +42,7 @@ class Batch:
             self.input_ids.to(device, non_blocking=non_blocking),
             self.target_ids.to(device, non_blocking=non_blocking),
             self.document_start.to(device, non_blocking=non_blocking),
+            self.num_targets,
         )
 
 
@@ -80,7 +84,9 @@ class Batches:
 
     def __next__(self) -> Batch:
         ids, resets = self.next_window()
-        return expand(torch.from_numpy(ids), torch.from_numpy(resets), self.stream.document_start_id)
+        batch = expand(torch.from_numpy(ids), torch.from_numpy(resets), self.stream.document_start_id)
+        batch.num_targets = count_targets(ids, resets, self.stream.document_start_id)
+        return batch
 
     def next_window(self) -> tuple[np.ndarray, np.ndarray]:
         """The next batch as `expand` takes it; moves the position."""
@@ -259,6 +265,12 @@ def expand(ids: torch.Tensor, resets: torch.Tensor, document_start_id: int | Non
     return Batch(ids[:, :-1].contiguous(), target_ids.masked_fill(foreign, IGNORE), resets[:, :-1].contiguous())
 
 
+def count_targets(ids: np.ndarray, resets: np.ndarray, document_start_id: int | None) -> np.ndarray:
+    """int64 [B]: how many targets `expand` leaves in each lane."""
+    foreign = resets[:, 1:] if document_start_id is None else resets[:, 1:] & (ids[:, 1:] != document_start_id)
+    return ids.shape[1] - 1 - foreign.sum(axis=1)
+
+
 def validation_batches(
     stream: TokenStream, *, lanes: int, window: int, max_tokens: int | None = None, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
@@ -295,7 +307,8 @@ def _validation_pass(stream: TokenStream, parts: list[tuple[int, int]], window: 
                 targets[row, :count] = ids[1:]
                 resets[row, :count] = inputs[row, :count] == start_id
                 resets[row, 0] |= first == 0
-        yield Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(resets))
+        counts = (targets != IGNORE).sum(axis=1)
+        yield Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(resets), counts)
 
 
 def philox(seed: int, counter: int, count: int, *, stream: tuple[int, int] = (0, 0)) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from neurogen.data.batches import Batch, Batches, expand
+from neurogen.data.batches import Batch, Batches, count_targets, expand
 
 
 class Prefetcher:
@@ -30,7 +30,7 @@ class Prefetcher:
         self._on_gpu = self._device.type == "cuda"
         self._copies = torch.cuda.Stream(self._device) if self._on_gpu else None
         self._depth = depth
-        self._state = batches.state_dict()
+        self._state, self._epoch = batches.state_dict(), batches.epoch
         self.num_batches = self.num_stalls = 0
         self.wait_seconds = 0.0
         self._failure: BaseException | None = None
@@ -60,7 +60,7 @@ class Prefetcher:
             self._failure = item
             self.close()
             raise item
-        batch, copied, self._state = item
+        batch, copied, self._state, self._epoch = item
         if copied is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(copied)
@@ -68,6 +68,11 @@ class Prefetcher:
                 tensor.record_stream(current)
         self.num_batches += 1
         return batch
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the reader, as `batches` counts it."""
+        return self._epoch
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch handed out, as `batches` would give it."""
@@ -77,7 +82,7 @@ class Prefetcher:
         """Throw away what was made ahead and continue from `state`. Raises UserError as `batches` does."""
         self.close()
         self._batches.load_state_dict(state)
-        self._state = self._batches.state_dict()
+        self._state, self._epoch = self._batches.state_dict(), self._batches.epoch
         self._start()
 
     def close(self) -> None:
@@ -102,21 +107,26 @@ class Prefetcher:
         try:
             while not self._stop.is_set():
                 batch, copied = self._make()
-                self._ready.put((batch, copied, self._batches.state_dict()))
+                self._ready.put((batch, copied, self._batches.state_dict(), self._batches.epoch))
         except BaseException as error:  # handed to the reader, which raises it
             self._ready.put(error)
 
     def _make(self) -> tuple[Batch, torch.cuda.Event | None]:
         start_id = self._batches.stream.document_start_id
-        ids, resets = (torch.from_numpy(array) for array in self._batches.next_window())
+        window = self._batches.next_window()
+        num_targets = count_targets(*window, start_id)
+        ids, resets = (torch.from_numpy(array) for array in window)
         if self._copies is None:
-            return expand(ids, resets, start_id), None
+            batch = expand(ids, resets, start_id)
+            batch.num_targets = num_targets
+            return batch, None
         with torch.cuda.stream(self._copies):
             # Pinned buffers come from torch's own cache, which holds each back until its copy is done.
             ids, resets = (
                 tensor.contiguous().pin_memory().to(self._device, non_blocking=True) for tensor in (ids, resets)
             )
             batch = expand(ids, resets, start_id)
+            batch.num_targets = num_targets
             copied = torch.cuda.Event()
             copied.record()
         return batch, copied

@@ -29,7 +29,10 @@ MANIFEST = "manifest.json"
 
 
 class ShardedTokens:
-    """The ids of several arrays as one read-only sequence: `len`, `dtype`, and contiguous slices as arrays."""
+    """The ids of several arrays as one read-only sequence: `len`, `dtype`, and contiguous slices as arrays.
+
+    What belongs to a mapped file is read when it is sliced, not before.
+    """
 
     def __init__(self, arrays: Sequence[Any], *, dtype: np.dtype | None = None) -> None:
         self._arrays = arrays

@@ -121,8 +121,8 @@ def cache_key(config: DataConfig, sources: list[SourceFile], tokenizer: Tokenize
         for key in ("split", "validation_fraction", "validation_bytes", "document_separator", "text_field",
                     "encoding_errors", "empty_documents", "bad_lines", "max_chunks", "tokens_per_chunk")
     }  # fmt: skip
-    if tokenizer is None and config.tokenizer_path is not None:
-        tokenizer = load_tokenizer(config.tokenizer_path)
+    if tokenizer is None and config.tokenizer != "bpe":
+        tokenizer = make_tokenizer(config, sources, None)  # cheap, and then the same text by bytes is the same corpus
     made_by = tokenizer.fingerprint if tokenizer else [config.tokenizer, config.vocab_size]
     hub = None if files else [config.dataset, config.dataset_split, config.dataset_revision]
     key = json.dumps([FORMAT_VERSION, files, hub, settings, made_by], sort_keys=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 import kernels
 from neurogen.brain import BrainConfig
 from neurogen.errors import UserError
-from neurogen.modes.probes import Probe, make_probes
+from neurogen.modes.canary_probes import Probe, make_probes
 
 TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 2e-2)}  # outputs, gradients
 

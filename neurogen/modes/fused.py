@@ -1,22 +1,40 @@
 """Whole-sequence Triton launches."""
 
+from __future__ import annotations
+
 from torch import Tensor
 
-from neurogen.brain import Brain, BrainOutput, BrainState, TokenEmbedding
+from kernels.sample import SampleOutput, Sampling
+from neurogen.brain import Decoder
+from neurogen.modes.unfused import UnfusedMode
 
 
-class FusedMode:
-    """The fused kernels over whole sequences: the number of launches does not depend on the sequence's length."""
+class FusedMode(UnfusedMode):
+    """The fused kernels over whole sequences; like `UnfusedMode` in what it asks of the host.
+
+    Without a GPU the same kernels run in Triton's interpreter, in float32 and slowly: for trying, not for training.
+    """
 
     name = "fused"
     backend = "fused"
 
-    def sequence(
+    def draw(
         self,
-        brain: Brain,
-        embedding: TokenEmbedding,
-        input_ids: Tensor,
-        state: BrainState,
-        document_start: Tensor | None,
-    ) -> BrainOutput:
-        return brain(input_ids, embedding, state, document_start, backend=self.backend)
+        decoder: Decoder,
+        broca_output: Tensor,
+        sampling: Sampling,
+        *,
+        seed: int,
+        lanes: Tensor,
+        positions: Tensor,
+        seen: Tensor | None,
+    ) -> SampleOutput:
+        return decoder.decode_and_sample(
+            broca_output,
+            sampling,
+            seed=seed,
+            lanes=lanes,
+            positions=positions,
+            seen=seen,
+            backend=self.backend,
+        )

@@ -46,6 +46,11 @@ class Precision:
             dtype = "bfloat16" if device.type == "cuda" else "float32"
         return cls(device, dtype)
 
+    @property
+    def activations(self) -> torch.dtype:
+        """The type of what flows between projections."""
+        return {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}[self.name]
+
     def place(self, model: nn.Module) -> None:
         """Move a model to the device in the dtype its parameters are kept in."""
         model.to(self.device, torch.float64 if self.name == "float64" else torch.float32)

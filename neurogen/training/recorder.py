@@ -89,9 +89,10 @@ class Recorder:
         """
         self._metrics.sync()
         try:
-            self._saver.save(**self._session.checkpoint_arguments(), score=score)
+            self._last_checkpoint = self._saver.wait() or self._last_checkpoint
         except CheckpointNotSaved as error:
             self.say(f"warning: {error}")
+        self._saver.save(**self._session.checkpoint_arguments(), score=score)
         self.status("running")
 
     def finish(self, state: str, *, reason: str) -> Path:
@@ -116,7 +117,8 @@ class Recorder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
             if error is not None:
-                self.status("failed", reason=" ".join(f"{type(error).__name__}: {error}".split())[:300])
+                state = "failed" if isinstance(error, Exception) else "interrupted"  # a second Ctrl-C is no Exception
+                self.status(state, reason=" ".join(f"{type(error).__name__}: {error}".split())[:300])
         finally:
             self._display.__exit__(kind, error, trace)
             self._metrics.close()

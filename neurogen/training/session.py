@@ -7,6 +7,7 @@ state of every lane, position in the data, random generators, and the averages o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 from neurogen.brain import BrainState
 from neurogen.config.compose import config_to_dict
 from neurogen.data import Batches, Corpus, make_batches
+from neurogen.data.config import default_cache_dir
 from neurogen.errors import UserError
 from neurogen.model import NeuroGen
-from neurogen.modes import resolve_mode
+from neurogen.modes.select import select_mode
 from neurogen.training.checkpoint import Checkpoint
 from neurogen.training.meter import Meter
 from neurogen.training.optimizer import ModelOptimizer, build_optimizer
@@ -124,7 +126,14 @@ def build_session(config: Config, corpus: Corpus) -> Session:
     """A new session at step 0. Raises UserError for a mode, device or size that cannot be had."""
     device = resolve_device(config.trainer.device)
     precision = Precision.resolve(device, config.trainer.dtype)
-    mode = resolve_mode(config.mode.name)
+    mode = select_mode(
+        config.mode.name,
+        config.model,
+        device,
+        precision.activations,
+        cache_dir=Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir(),
+        on_canary_failure=config.mode.on_canary_failure,
+    )
     batches = make_batches(corpus.train, config.data, seed=config.seed)
     torch.manual_seed(config.seed)
     model = NeuroGen(config.model, vocab_size=corpus.tokenizer.vocab_size, mode=mode)

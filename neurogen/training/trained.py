@@ -8,9 +8,10 @@ from pathlib import Path
 from neurogen.config.compose import build_config
 from neurogen.config.schema import Config
 from neurogen.data import Tokenizer, load_tokenizer
+from neurogen.data.config import default_cache_dir
 from neurogen.errors import UserError
 from neurogen.model import NeuroGen
-from neurogen.modes import resolve_mode
+from neurogen.modes.select import select_mode
 from neurogen.training.checkpoint import load_checkpoint
 from neurogen.training.precision import Precision, resolve_device
 from neurogen.training.session import load_weights
@@ -45,7 +46,6 @@ def load_trained(path: str, *, mode: str, device: str, dtype: str) -> Trained:
     the vocabulary.
     """
     precision = Precision.resolve(resolve_device(device), dtype)
-    resolved = resolve_mode(mode)
     checkpoint = load_checkpoint(path)
     if checkpoint.tokenizer_dir is None or "config" not in checkpoint.metadata:
         raise UserError(f"{checkpoint.path}: has no tokenizer or configuration; give one that scripts/train.py saved")
@@ -57,6 +57,9 @@ def load_trained(path: str, *, mode: str, device: str, dtype: str) -> Trained:
             f"{checkpoint.path}: its tokenizer ({tokenizer.vocab_size} ids) is not the one its weights were "
             f"trained with ({rows} ids); use the checkpoint as it was saved"
         )
+    resolved = select_mode(
+        mode, config.model, precision.device, precision.activations, cache_dir=default_cache_dir()
+    )
     model = NeuroGen(config.model, vocab_size=rows, mode=resolved)
     load_weights(model, checkpoint)
     precision.place(model)

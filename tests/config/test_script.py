@@ -54,6 +54,14 @@ def test_a_bug_keeps_its_traceback_and_the_environment_is_put_back() -> None:
     assert dict(os.environ) == before
 
 
+def test_ctrl_c_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def task(config: object) -> None:
+        raise KeyboardInterrupt
+
+    assert run_script(task, arguments=[]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
 def test_verbatim_arguments_go_past_hydra() -> None:
     seen: list[GenerateConfig] = []
     prompt = "def f(x): return {'a': ${x}, **y} # = \\ '\"\n"

@@ -177,6 +177,7 @@ def test_evaluation_scores_every_token_but_the_first_once(length, lanes, window,
     carried = [None] * lanes
     for batch in validation_batches(stream, lanes=lanes, window=window, max_tokens=max_tokens):
         assert batch.input_ids.shape == batch.target_ids.shape == batch.document_start.shape == (lanes, window)
+        assert batch.num_targets.tolist() == (batch.target_ids != -100).sum(dim=1).tolist()
         for lane, row in enumerate(batch.target_ids.tolist()):
             for column, target in enumerate(row):
                 given_id, reset = int(batch.input_ids[lane, column]), bool(batch.document_start[lane, column])

@@ -254,6 +254,9 @@ def test_a_given_tokenizer_is_used(tmp_path):
     corpus = build_corpus(text_config(path), tmp_path / "cache", tokenizer=trained)
     assert corpus.tokenizer.fingerprint == trained.fingerprint
     assert build_corpus(text_config(path), tmp_path / "cache").tokenizer.kind == ByteTokenizer.kind
+    num_cached = len(leftovers(tmp_path / "cache"))
+    build_corpus(text_config(path), tmp_path / "cache", tokenizer=ByteTokenizer())
+    assert len(leftovers(tmp_path / "cache")) == num_cached
 
 
 def test_damage_in_the_cache_is_named(tmp_path):

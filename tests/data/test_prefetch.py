@@ -23,6 +23,24 @@ def equal(a, b):
     return all(torch.equal(getattr(a, field).cpu(), getattr(b, field)) for field in fields)
 
 
+def make_separated():
+    """No document starts: the ring's seam is no target."""
+    stream = TokenStream(np.arange(50, dtype=np.uint8), np.zeros(1, np.int64), None, "f", "train")
+    return LaneBatches(stream, lanes=3, window=7)
+
+
+def test_targets_are_counted_on_the_host():
+    with Prefetcher(make_separated(), "cpu") as ahead:
+        counts = []
+        for direct, _ in zip(make_separated(), range(30)):
+            batch = next(ahead)
+            expected = (direct.target_ids != -100).sum(dim=1).tolist()
+            assert direct.num_targets.tolist() == direct.to("cpu").num_targets.tolist() == expected
+            assert batch.num_targets.tolist() == expected
+            counts += expected
+    assert set(counts) == {6, 7}
+
+
 def check(device, kind, depth):
     expected = make(kind)
     with Prefetcher(make(kind), device, depth=depth) as batches:
@@ -31,6 +49,8 @@ def check(device, kind, depth):
             assert batch.input_ids.device.type == device
             assert equal(batch, next(expected))
             assert batches.state_dict() == expected.state_dict()
+            assert batches.epoch == expected.epoch
+            assert batch.num_targets.tolist() == (batch.target_ids != -100).sum(dim=1).tolist()
         assert batches.num_batches == 60
 
 

@@ -213,22 +213,32 @@ def test_directories_that_hold_something_else(tmp_path, source):
         prepare_shards(settings(source), tmp_path)
 
 
-def run_script(*arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import prepare_data
+
+    return prepare_data.main
 
 
-def test_the_script(tmp_path, source):
-    done = run_script(
-        f"out={tmp_path / 'out'}", f"data.path={source}", "workers=1", "shard_tokens=400", "data.split=documents"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "train: " in done.stdout
+def test_the_script(tmp_path, source, script, capsys):
+    small = ["workers=1", "shard_tokens=400", "data.split=documents"]
+    assert script([f"out={tmp_path / 'out'}", f"data.path={source}", *small]) == 0
+    assert "train: " in capsys.readouterr().out
     assert len(build_corpus(shards_config(tmp_path / "out")).train.parts) > 1
+
+
+def test_the_script_fails_in_one_line(tmp_path):
     broken = tmp_path / "b.jsonl"
     broken.write_text('{"text": "a"}\n{"txt": "b"}\n')
-    failed = run_script(f"out={tmp_path / 'bad'}", f"data.path={broken}", "workers=1")
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "prepare_data.py"),
+        f"out={tmp_path / 'bad'}",
+        f"data.path={broken}",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    failed = subprocess.run([*command, "workers=1"], capture_output=True, text=True, env=environment, check=False)
     assert failed.returncode == 2
     assert failed.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "b.jsonl line 2 has no text under 'text'" in failed.stderr
@@ -240,6 +250,7 @@ def test_the_script(tmp_path, source):
     ("arguments", "message"),
     [
         (["data.path=x"], "out is missing"),
+        (["out=x", "data=text"], "data.path is missing"),
         (["out=x", "colour=red"], "'colour' is no setting"),
         (["out=x", "workers=two", "data.path=x"], "workers is 'two'"),
         (["out=x", "nonsense"], "'nonsense' is no setting"),
@@ -247,12 +258,9 @@ def test_the_script(tmp_path, source):
         (["out=x", "data=stdlib", "data.no_such_key=1"], "no_such_key"),
     ],
 )
-def test_bad_arguments(arguments, message, capsys, tmp_path, monkeypatch):
+def test_bad_arguments(arguments, message, script, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import prepare_data
-
-    assert prepare_data.main(arguments) == 2
+    assert script(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("error: ")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from neurogen.brain import BrainConfig
-from neurogen.modes import probes
+from neurogen.modes import canary_probes as probes
 from neurogen.modes.canary import CanaryError, check_kernels, compare
 
 CONFIG = BrainConfig(embedding_dim=32, column_width=16, head_width=16, chunk_size=16)

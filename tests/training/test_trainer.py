@@ -86,7 +86,7 @@ def test_the_seed_decides_everything(text: Path) -> None:
 EXACT = {
     "lanes": ["trainer.log_every=4"],  # stopped inside a logging interval
     "random windows": ["data.batching=random", "optimizer=muon", "schedule=wsd"],
-    "accumulated": ["trainer.accumulation=2"],
+    "accumulated, shuffled": ["trainer.accumulation=2", "data.shuffle=true"],
     "bpe across an epoch": ["data.tokenizer=bpe", "data.vocab_size=280", "data.window=64"],
 }
 
@@ -227,3 +227,13 @@ def test_a_float64_run_and_a_bfloat16_run(text: Path) -> None:
         train(configure(f"run_dir={dtype}", f"trainer.dtype={dtype}", "trainer.max_steps=3"))
     for dtype, kept in (("float64", torch.float64), ("bfloat16", torch.float32)):
         assert load_checkpoint(dtype).model_tensors.load()["decoder.weight"].dtype == kept
+
+
+def test_a_mixture_evaluates_each_source(text: Path) -> None:
+    sources = "{a: {path: 'file[0-2].txt', weight: 1}, b: {path: 'file[3-5].txt', weight: 3}}"
+    train(
+        compose_config(
+            ["experiment=test", "data=mixture", f"data.sources={sources}", *QUICK, "run_dir=m", "trainer.max_steps=1"]
+        )
+    )
+    assert {"val/bpb", "val/a/bpb", "val/b/bpb", "val_reset/bpb"} <= read_metrics("m/metrics.jsonl")[-1].keys()
