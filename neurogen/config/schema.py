@@ -111,9 +111,13 @@ class TrainerConfig:
     stop_at_step: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    distributed: str = "none"
     deterministic: bool = False
     accumulation: int = 1
     clip_norm: float = 1.0
+    outlier_sigma: float | None = 10.0
+    max_skipped_in_a_row: int = 20
+    dry_run: bool | None = None
     log_every: int = 10
     evaluate_every: int = 200
     evaluate_tokens: int = 262_144
