@@ -19,7 +19,7 @@ from neurogen.training.trained import load_trained
 
 
 def main(config: EvaluateConfig) -> None:
-    trained = load_trained(config.checkpoint, mode=config.mode.name, device=config.device, dtype=config.dtype)
+    trained = load_trained(config.checkpoint, mode=config.mode, device=config.device, dtype=config.dtype)
     data = config.data or trained.config.data
     asked, kind, size = data.tokenizer, trained.tokenizer.kind, trained.tokenizer.vocab_size
     if asked in ("bytes", "bpe") and (asked != kind or data.vocab_size not in (None, size)):

@@ -16,7 +16,7 @@ from neurogen.training.trained import load_trained
 
 
 def main(config: GenerateConfig) -> None:
-    trained = load_trained(config.checkpoint, mode=config.mode.name, device=config.device, dtype=config.dtype)
+    trained = load_trained(config.checkpoint, mode=config.mode, device=config.device, dtype=config.dtype)
     tokenizer = trained.tokenizer
     with trained.precision.autocast():
         reply = trained.model.generate(

@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 import kernels.launch  # noqa: F401  first: it chooses the interpreter
@@ -135,8 +134,12 @@ def check_arguments(
             raise ValueError(f"cortex: {name} is {tensor.dtype}; fused kernels need torch.float32")
 
 
+def _ceil_div(n: int, divisor: int) -> int:
+    return -(-n // divisor)
+
+
 def _starts(document_start: Tensor | None, unused: Tensor) -> tuple[Tensor, int, int]:
-    """Pointer and strides of the document starts as bytes; where there are none, any tensor the kernel will not read."""
+    """The document starts as bytes, and their strides; where there are none, any tensor, which is never read."""
     if document_start is None:
         return unused, 0, 0
     return document_start.view(torch.uint8), document_start.stride(0), document_start.stride(1)
@@ -186,10 +189,10 @@ def cortex_forward(
     from which backward has everything: its derivative, the spikes, and with them the voltage."""
     num_lanes, num_tokens, width = drive.shape
     num_columns = lateral_weight.shape[0]
-    num_tiles = triton.cdiv(num_lanes, LANES_PER_TILE)
+    num_tiles = _ceil_div(num_lanes, LANES_PER_TILE)
     spikes = torch.empty(drive.shape, dtype=drive.dtype, device=drive.device)
     excess = torch.empty(drive.shape if save else (0,), dtype=drive.dtype, device=drive.device)
-    state = [torch.empty_like(initial_voltage) for _ in range(3)]
+    voltage, adaptation, last_spikes = (torch.empty_like(initial_voltage) for _ in range(3))
     counts = torch.empty((num_tiles, 2, width), dtype=torch.int32, device=drive.device)
     if num_lanes > 0:
         start, *start_strides = _starts(document_start, drive)
@@ -203,7 +206,9 @@ def cortex_forward(
             start,
             spikes,
             excess,
-            *state,
+            voltage,
+            adaptation,
+            last_spikes,
             counts,
             num_tokens,
             num_lanes,
@@ -216,7 +221,7 @@ def cortex_forward(
                 drive, lateral_weight, document_start, ceiling, threshold, adaptation_strength, adaptation_decay
             ),
         )
-    return spikes, *state, counts.sum(0, dtype=torch.int32), excess
+    return spikes, voltage, adaptation, last_spikes, counts.sum(0, dtype=torch.int32), excess
 
 
 @cortex_forward.register_fake
@@ -234,9 +239,10 @@ def _(
     adaptation_decay: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    state = [torch.empty_like(initial_voltage) for _ in range(3)]
+    voltage, adaptation, last_spikes = (torch.empty_like(initial_voltage) for _ in range(3))
     counts = drive.new_empty((2, drive.shape[2]), dtype=torch.int32)
-    return drive.new_empty(drive.shape), *state, counts, drive.new_empty(drive.shape if save else (0,))
+    excess = drive.new_empty(drive.shape if save else (0,))
+    return drive.new_empty(drive.shape), voltage, adaptation, last_spikes, counts, excess
 
 
 @torch.library.custom_op("neurogen::cortex_backward", mutates_args=())
@@ -264,17 +270,16 @@ def cortex_backward(
     num_lanes, num_tokens, width = drive.shape
     num_columns, column_width, _ = lateral_weight.shape
     grad_drive = torch.empty(drive.shape, dtype=drive.dtype, device=drive.device)
-    grad_state = [torch.empty_like(initial_voltage) for _ in range(3)]
     if num_lanes == 0 or num_tokens == 0:
-        for grad, grad_final in zip(grad_state, (grad_voltage, grad_adaptation, grad_last_spikes)):
-            grad.copy_(grad_final)
-        return grad_drive, torch.zeros_like(lateral_weight), torch.zeros_like(decay), *grad_state
+        d_voltage, d_adaptation, d_spikes = (x.clone() for x in (grad_voltage, grad_adaptation, grad_last_spikes))
+        return grad_drive, torch.zeros_like(lateral_weight), torch.zeros_like(decay), d_voltage, d_adaptation, d_spikes
 
-    num_tiles = triton.cdiv(num_lanes, LANES_PER_TILE)
+    num_tiles = _ceil_div(num_lanes, LANES_PER_TILE)
     start, *start_strides = _starts(document_start, drive)
     constants = _constants(
         drive, lateral_weight, document_start, ceiling, threshold, adaptation_strength, adaptation_decay
     )
+    d_voltage, d_adaptation, d_spikes = (torch.empty_like(initial_voltage) for _ in range(3))
     leak_sums = torch.empty((num_tiles, width), device=drive.device)
     cortex_backward_kernel[(num_columns, num_tiles)](
         grad_spikes,
@@ -289,7 +294,9 @@ def cortex_backward(
         grad_adaptation,
         grad_last_spikes,
         grad_drive,
-        *grad_state,
+        d_voltage,
+        d_adaptation,
+        d_spikes,
         leak_sums,
         num_tokens,
         num_lanes,
@@ -302,7 +309,7 @@ def cortex_backward(
 
     config = SLICE_CONFIGS[drive.dtype != torch.float32, column_width]
     rows_per_slice = _rows_per_slice(drive, num_columns, config.rows)
-    num_slices = triton.cdiv(num_lanes * num_tokens, rows_per_slice) + 1
+    num_slices = _ceil_div(num_lanes * num_tokens, rows_per_slice) + 1
     lateral_sums = torch.empty((num_slices, *lateral_weight.shape), device=drive.device)
     drive_sums = torch.empty((num_slices, width), device=drive.device)
     slice_kernel[(num_columns, num_slices)](
@@ -341,7 +348,7 @@ def cortex_backward(
         C=column_width,
         num_warps=4,
     )
-    return grad_drive, grad_lateral_weight, grad_decay, *grad_state
+    return grad_drive, grad_lateral_weight, grad_decay, d_voltage, d_adaptation, d_spikes
 
 
 def _rows_per_slice(drive: Tensor, num_columns: int, rows: int) -> int:
@@ -349,7 +356,7 @@ def _rows_per_slice(drive: Tensor, num_columns: int, rows: int) -> int:
     num_rows = drive.shape[0] * drive.shape[1]
     num_processors = 2 if INTERPRETED else torch.cuda.get_device_properties(drive.device).multi_processor_count
     num_slices = max(1, num_processors // num_columns)
-    return triton.cdiv(max(triton.cdiv(num_rows, num_slices), MIN_ROWS_PER_SLICE), rows) * rows
+    return _ceil_div(max(_ceil_div(num_rows, num_slices), MIN_ROWS_PER_SLICE), rows) * rows
 
 
 @cortex_backward.register_fake
@@ -372,8 +379,9 @@ def _(
     adaptation_strength: float,
     adaptation_decay: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    state = [torch.empty_like(initial_voltage) for _ in range(3)]
-    return drive.new_empty(drive.shape), torch.empty_like(lateral_weight), torch.empty_like(decay), *state
+    d_voltage, d_adaptation, d_spikes = (torch.empty_like(initial_voltage) for _ in range(3))
+    grad_drive = drive.new_empty(drive.shape)
+    return grad_drive, torch.empty_like(lateral_weight), torch.empty_like(decay), d_voltage, d_adaptation, d_spikes
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

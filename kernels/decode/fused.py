@@ -13,6 +13,7 @@ A row of logits is padded to a multiple of 64: products are slow when rows of a 
 import kernels.launch  # noqa: F401, I001  before triton: it chooses the interpreter
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from kernels.decode.reference import IGNORE_INDEX, DecodeOutput
 from kernels.decode.rows import PITCH_MULTIPLE, launch_rows, scale_
@@ -21,6 +22,9 @@ from kernels.launch import check_launchable
 LOGITS_BYTES = 208 * 2**20  # most that a chunk's logits may take: 2048 rows at V = 50257 in bfloat16
 WORKING_BYTES = 256 * 2**20  # and together with a rounded copy of the weight
 _CHUNK_MULTIPLE = 128
+# Before torch 2.10 products of half-precision matrices cannot be added to a float32 matrix in one call; there, each
+# chunk's product is rounded to the matrices' type before it is added.
+_ADDS_TO_FLOAT32 = TorchVersion(torch.__version__) >= (2, 10)
 
 
 def chunk_rows(num_rows: int, row_bytes: int, weight_copy_bytes: int = 0) -> int:
@@ -83,13 +87,12 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None
     """total += a b, or total = a b at first; summed and stored in total's type."""
     if total.dtype == a.dtype:
         torch.mm(a, b, out=total) if is_first else total.addmm_(a, b)
-    elif a.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype_out"):
+    elif a.device.type == "cuda" and _ADDS_TO_FLOAT32:
         if is_first:
             torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
         else:
             torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
     else:
-        # Before torch 2.8 a product rounds to its operands' type before it is added.
         product = torch.mm(a, b)
         total.copy_(product) if is_first else total.add_(product)
 

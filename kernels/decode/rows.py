@@ -8,33 +8,32 @@ from torch import Tensor
 
 PITCH_MULTIPLE = 64  # logits a row is padded to, so that every row starts on a 128-byte line
 _LOGITS_PER_LOAD = 4096
+_STAGES = 1  # loads of logits under way at a time; more cost registers and with them programs a multiprocessor
 _SCALE_BLOCK = 4096
 _SCALE_PROGRAMS = 1024
 
 
 @triton.jit
-def decode_rows_kernel(
-    logits_ptr,  # [rows, PITCH]; becomes d(mean loss)/d(logits) if WRITE_GRADIENT
-    target_ptr,  # [rows] int64
-    num_targets_ptr,  # [] int64
-    loss_ptr,  # [rows] float32
-    correct_ptr,  # [rows] int32
+def row_loss_and_gradient(
+    logits_row,  # [PITCH]; becomes d(mean loss)/d(logits) if WRITE_GRADIENT
+    target,
     ignore_index,
+    num_targets_ptr,  # [] int64
+    loss_ptr,  # [] float32
+    correct_ptr,  # [] int32
     V: tl.constexpr,
     PITCH: tl.constexpr,
     WRITE_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    """Loss and arg-max hit of one row of logits, 0 if its target is ignored."""
     offsets = tl.arange(0, BLOCK)
-    target = tl.load(target_ptr + row)
-    logits_row = logits_ptr + row * PITCH
-
     if target == ignore_index:
-        tl.store(loss_ptr + row, 0.0)
-        tl.store(correct_ptr + row, 0)
+        tl.store(loss_ptr, 0.0)
+        tl.store(correct_ptr, 0)
         if WRITE_GRADIENT:
-            zeros = tl.zeros((BLOCK,), logits_ptr.dtype.element_ty)
+            zeros = tl.zeros((BLOCK,), logits_row.dtype.element_ty)
             for first in range(0, V, BLOCK):
                 tl.store(logits_row + first + offsets, zeros, mask=first + offsets < PITCH)
     else:
@@ -42,7 +41,7 @@ def decode_rows_kernel(
         b_max = tl.full((BLOCK,), -1e38, tl.float32)
         b_sum = tl.zeros((BLOCK,), tl.float32)
         b_arg = tl.zeros((BLOCK,), tl.int32)
-        for first in range(0, V, BLOCK):
+        for first in tl.range(0, V, BLOCK, num_stages=STAGES):
             b_id = first + offsets
             # Loads reach into the padding, which is the same for all of a vector load; its values do not count.
             b_logit = tl.load(logits_row + b_id, mask=b_id < PITCH, other=0.0).to(tl.float32)
@@ -59,17 +58,49 @@ def decode_rows_kernel(
         # A target outside the vocabulary cannot raise here; NaN in the loss and the gradient shows it.
         in_vocabulary = (target >= 0) & (target < V)
         target_logit = tl.load(logits_row + tl.where(in_vocabulary, target, 0)).to(tl.float32)
-        tl.store(loss_ptr + row, tl.where(in_vocabulary, log_sum - target_logit, float("nan")))
-        tl.store(correct_ptr + row, (predicted == target).to(tl.int32))
+        tl.store(loss_ptr, tl.where(in_vocabulary, log_sum - target_logit, float("nan")))
+        tl.store(correct_ptr, (predicted == target).to(tl.int32))
         if WRITE_GRADIENT:
+            # No thread may overwrite the target's logit before all have read it.
+            tl.debug_barrier()
             scale = 1.0 / tl.load(num_targets_ptr).to(tl.float32)
             scale = tl.where(in_vocabulary, scale, float("nan"))
-            for first in range(0, V, BLOCK):
+            for first in tl.range(0, V, BLOCK, num_stages=STAGES):
                 b_id = first + offsets
                 b_logit = tl.load(logits_row + b_id, mask=b_id < PITCH, other=0.0).to(tl.float32)
                 b_probability = tl.exp(tl.where(b_id < V, b_logit, float("-inf")) - log_sum)
                 b_grad = scale * (b_probability - tl.where(b_id == target, 1.0, 0.0))
-                tl.store(logits_row + b_id, b_grad.to(logits_ptr.dtype.element_ty), mask=b_id < PITCH)
+                tl.store(logits_row + b_id, b_grad.to(logits_row.dtype.element_ty), mask=b_id < PITCH)
+
+
+@triton.jit
+def decode_rows_kernel(
+    logits_ptr,  # [rows, PITCH]
+    target_ptr,  # [rows] int64
+    num_targets_ptr,
+    loss_ptr,  # [rows]
+    correct_ptr,  # [rows]
+    ignore_index,
+    V: tl.constexpr,
+    PITCH: tl.constexpr,
+    WRITE_GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_loss_and_gradient(
+        logits_ptr + row * PITCH,
+        tl.load(target_ptr + row),
+        ignore_index,
+        num_targets_ptr,
+        loss_ptr + row,
+        correct_ptr + row,
+        V,
+        PITCH,
+        WRITE_GRADIENT,
+        BLOCK,
+        STAGES,
+    )
 
 
 def launch_rows(
@@ -97,6 +128,7 @@ def launch_rows(
         PITCH=logits.shape[1],
         WRITE_GRADIENT=write_gradient,
         BLOCK=block,
+        STAGES=_STAGES,
         num_warps=max(block // 512, 1),
     )
 

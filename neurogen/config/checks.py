@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from neurogen.errors import UserError
 
 if TYPE_CHECKING:
-    from neurogen.config.schema import Config
+    from neurogen.config.schema import Config, ModeConfig
 
 MODES = ("auto", "naive", "pointer", "preallocated", "unfused", "fused")
 DTYPES = ("auto", "float32", "bfloat16", "float64")
@@ -22,8 +22,7 @@ PROGRESS_BY = ("auto", "steps", "tokens", "seconds")
 
 def check_config(config: Config) -> None:
     """Raise UserError for the first setting that is out of range or contradicts another."""
-    one_of("mode.name", config.mode.name, MODES)
-    one_of("mode.on_canary_failure", config.mode.on_canary_failure, ON_CANARY_FAILURE)
+    check_mode(config.mode)
     one_of("logger.name", config.logger.name, LOGGERS)
     one_of("logger.mode", config.logger.mode, LOGGER_MODES)
     _check_trainer(config)
@@ -36,6 +35,12 @@ def check_config(config: Config) -> None:
         )
     if config.seed < 0:
         raise UserError(f"seed={config.seed}: must be 0 or more")
+
+
+def check_mode(mode: ModeConfig) -> None:
+    """Raise UserError for a mode or a canary policy that does not exist."""
+    one_of("mode.name", mode.name, MODES)
+    one_of("mode.on_canary_failure", mode.on_canary_failure, ON_CANARY_FAILURE)
 
 
 def _check_trainer(config: Config) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from neurogen.config.checks import DTYPES, MODES, in_range, one_of
+from neurogen.config.checks import DTYPES, check_mode, in_range, one_of
 from neurogen.config.schema import ModeConfig
 from neurogen.data import DataConfig
 from neurogen.errors import UserError
@@ -27,7 +27,7 @@ class EvaluateConfig:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        one_of("mode.name", self.mode.name, MODES)
+        check_mode(self.mode)
         one_of("dtype", self.dtype, DTYPES)
         if self.max_tokens is not None:
             in_range("max_tokens", self.max_tokens, least=1)
@@ -53,7 +53,7 @@ class GenerateConfig:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        one_of("mode.name", self.mode.name, MODES)
+        check_mode(self.mode)
         one_of("dtype", self.dtype, DTYPES)
         one_of("format", self.format, ("text", "json"))
         in_range("max_new_tokens", self.max_new_tokens, least=1)

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 
-from neurogen.diagnosis.usage import gpu_library
+from neurogen.diagnosis.usage import gpu_use_reader
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
@@ -37,6 +37,6 @@ def missing_instruments(device: torch.device) -> list[str]:
             "no CUDA GPU: no GPU use, GPU memory, device allocations or kernel launches; operations are counted in "
             "their place, and synchronisations are the places where the host would wait for one"
         ]
-    if gpu_library() is None:
-        return ["nvidia-ml-py is not installed or finds no driver: no GPU use (pip install nvidia-ml-py)"]
+    if gpu_use_reader(device) is None:
+        return ["nvidia-ml-py is not installed or the driver does not tell: no GPU use (pip install nvidia-ml-py)"]
     return []

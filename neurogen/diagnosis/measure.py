@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,8 +19,9 @@ from neurogen.model import NeuroGen
 
 TASKS = ("train", "generate")
 WARM_UP_TOKENS = 4
-NUM_TIMED_RUNS = 3
-LONG_RUN_SECONDS = 2.0  # a run at least this long is timed once
+TIMED_SECONDS = (
+    2.0  # runs are repeated until they took this long, so that the driver's reports of GPU use mean something
+)
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,9 @@ class ModeCost:
     Arguments:
         mode, task: names.
         lanes, tokens: shape of the sequence.
-        seconds: of the quickest run; wall time, the device's work included.
+        seconds: median of `num_runs` runs; wall time, the device's work included.
         stage_seconds: where the time of another, clocked run went; the stages add up to `clocked_seconds`.
-        cpu_percent: 100 is one core.
+        cpu_percent: over all of those runs; 100 is one core.
         gpu_percent, gpu_memory_bytes: None without a GPU.
         counts: of one run of `counted_tokens` tokens a lane.
         counts_of_half: of one run of half as many, rounded down: what a further token costs is the difference.
@@ -41,6 +44,7 @@ class ModeCost:
     lanes: int
     tokens: int
     seconds: float
+    num_runs: int
     clocked_seconds: float
     stage_seconds: dict[str, float]
     cpu_percent: float
@@ -89,7 +93,7 @@ def measure_mode(
     with precision(device, bf16=bf16):
         work(model, task, input_ids[:, : WARM_UP_TOKENS + 1])()
         whole = work(model, task, input_ids)
-        best = _quickest(whole, device)
+        seconds, usage = _timed(whole, device)
         with StageClock(device) as clock:
             whole()
         counted = min(num_tokens, counted_tokens)
@@ -101,12 +105,13 @@ def measure_mode(
         task=task,
         lanes=input_ids.shape[0],
         tokens=num_tokens,
-        seconds=best.seconds,
+        seconds=statistics.median(seconds),
+        num_runs=len(seconds),
         clocked_seconds=clock.total,
         stage_seconds=clock.seconds,
-        cpu_percent=best.cpu_percent,
-        gpu_percent=best.gpu_percent,
-        gpu_memory_bytes=best.gpu_memory_bytes,
+        cpu_percent=usage.cpu_percent,
+        gpu_percent=usage.gpu_percent,
+        gpu_memory_bytes=usage.gpu_memory_bytes,
         counts=counts,
         counts_of_half=counts_of_half,
         counted_tokens=counted,
@@ -129,12 +134,13 @@ def precision(device: torch.device, *, bf16: bool) -> Iterator[None]:
         yield
 
 
-def _quickest(run: Callable[[], object], device: torch.device) -> UsageMeter:
-    meters: list[UsageMeter] = []
-    for _ in range(NUM_TIMED_RUNS):
-        with UsageMeter(device) as meter:
+def _timed(run: Callable[[], object], device: torch.device) -> tuple[list[float], UsageMeter]:
+    seconds: list[float] = []
+    with UsageMeter(device) as meter:
+        while sum(seconds) < TIMED_SECONDS:
+            start = time.perf_counter()
             run()
-        meters.append(meter)
-        if meter.seconds > LONG_RUN_SECONDS:
-            break
-    return min(meters, key=lambda meter: meter.seconds)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - start)
+    return seconds, meter

@@ -109,7 +109,15 @@ def _tokenization(options: Options, device: torch.device, folder: Path, console:
         from neurogen.data import DataConfig, LaneBatches, build_corpus
     except ImportError as error:
         raise UserError("what=tokenization needs neurogen.data, which this version does not have") from error
-    corpus = build_corpus(DataConfig(lanes=options.lanes, window=options.sequence), Path(".cache/neurogen"))
+    corpus = build_corpus(
+        DataConfig(
+            lanes=options.lanes,
+            window=options.sequence,
+            split="documents",
+            encoding_errors="skip",
+            empty_documents="skip",
+        )
+    )
     model = NeuroGen(SIZES[options.model], vocab_size=corpus.tokenizer.vocab_size).to(device)
     batches = LaneBatches(corpus.train, lanes=options.lanes, window=options.sequence, seed=options.seed)
     with precision(device, bf16=options.precision == "bf16"):

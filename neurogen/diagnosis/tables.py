@@ -22,19 +22,25 @@ COUNTED = (
     "kernel_launches",
     "operations",
 )
+MISSING = "-"
 Row = dict[str, Any]  # ModeCost.as_dict(), as the result file holds it
 
 
 def cost_table(rows: Sequence[Row], task: str) -> Table:
     """Time, use and counts of the modes at a task, a column a mode."""
     counted = rows[0]["counted_tokens"]
-    table = Table(title=f"{task}: {rows[0]['lanes']} x {rows[0]['tokens']} tokens; counted over {counted}")
+    table = Table(
+        title=f"{task}: {rows[0]['lanes']} x {rows[0]['tokens']} tokens",
+        caption=f"counts: in {counted} tokens, and what a further token adds",
+    )
     table.add_column("")
     for row in rows:
         table.add_column(row["mode"], justify="right")
 
     def line(name: str, values: Iterable[float | None]) -> None:
-        table.add_row(name, *(number(value) for value in values))
+        cells = [number(value) for value in values]
+        if any(cell != MISSING for cell in cells):
+            table.add_row(name, *cells)
 
     line("milliseconds a token", (1000 * row["seconds"] / row["tokens"] for row in rows))
     line("tokens/s", (row["tokens_per_second"] for row in rows))
@@ -45,9 +51,9 @@ def cost_table(rows: Sequence[Row], task: str) -> Table:
     line("Python heap peak, MB", (_megabytes(row["counts"]["python_peak_bytes"]) for row in rows))
     table.add_section()
     for key in COUNTED:
-        name = key.replace("_", " ")
-        line(f"{name}, {counted} tokens", (row["counts"][key] for row in rows))
-        line(f"{name}, a further token", (further(row, key) for row in rows))
+        if rows[0]["counts"][key] is not None:
+            cells = (f"{number(row['counts'][key])} + {number(further(row, key))}" for row in rows)
+            table.add_row(key.replace("_", " "), *cells)
     return table
 
 
@@ -64,7 +70,7 @@ def stage_table(rows: Sequence[Row], task: str) -> Table:
     table.add_column("mode")
     stages = list(rows[0]["stage_seconds"])
     for header in [*stages, "sum"]:
-        table.add_column(header, justify="right")
+        table.add_column(header.replace("_", " "), justify="right")
     for row in rows:
         per_token = [1000 * row["stage_seconds"][name] / row["tokens"] for name in stages]
         table.add_row(row["mode"], *(number(x) for x in per_token), number(sum(per_token)))
@@ -96,7 +102,7 @@ def _megabytes(num_bytes: int | None) -> float | None:
 def number(value: float | None) -> str:
     """Three digits, or all of them before the point; a dash for what is not there."""
     if value is None:
-        return "-"
+        return MISSING
     if value == 0:
         return "0"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

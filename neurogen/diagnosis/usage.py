@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from types import ModuleType
+from collections.abc import Callable
 
 import psutil
 import torch
@@ -36,9 +36,9 @@ class UsageMeter:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-            library = gpu_library()
-            if library is not None:
-                self._thread = threading.Thread(target=self._sample, args=(library,), daemon=True)
+            use = gpu_use_reader(self.device)
+            if use is not None:
+                self._thread = threading.Thread(target=self._sample, args=(use,), daemon=True)
                 self._thread.start()
         self._process = psutil.Process()
         self._cpu_start, self._start = self._cpu_seconds(), time.perf_counter()
@@ -61,20 +61,22 @@ class UsageMeter:
         times = self._process.cpu_times()
         return times.user + times.system
 
-    def _sample(self, library: ModuleType) -> None:
-        handle = library.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(self.device).uuid}")
+    def _sample(self, use: Callable[[], int]) -> None:
         while not self._stop.wait(SAMPLE_SECONDS):
-            self._samples.append(library.nvmlDeviceGetUtilizationRates(handle).gpu)
+            self._samples.append(use())
 
 
-def gpu_library() -> ModuleType | None:
-    """nvidia-ml-py, started, or None if it is not installed or finds no driver."""
+def gpu_use_reader(device: torch.device) -> Callable[[], int] | None:
+    """What reads the driver's figure for a GPU's use, in percent; None if nvidia-ml-py is not installed, or the driver
+    does not know the device (a part of a GPU) or does not report its use."""
     try:
         import pynvml
     except ImportError:
         return None
     try:
         pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        pynvml.nvmlDeviceGetUtilizationRates(handle)
     except pynvml.NVMLError:
         return None
-    return pynvml
+    return lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neurogen.config.compose import build_config
-from neurogen.config.schema import Config
+from neurogen.config.schema import Config, ModeConfig
 from neurogen.data import Tokenizer, load_tokenizer
 from neurogen.data.config import default_cache_dir
 from neurogen.errors import UserError
@@ -36,7 +36,7 @@ class Trained:
     starts_documents: bool
 
 
-def load_trained(path: str, *, mode: str, device: str, dtype: str) -> Trained:
+def load_trained(path: str, *, mode: ModeConfig, device: str, dtype: str) -> Trained:
     """Load a checkpoint, or the newest one of a run directory.
 
     Arguments:
@@ -58,7 +58,12 @@ def load_trained(path: str, *, mode: str, device: str, dtype: str) -> Trained:
             f"trained with ({rows} ids); use the checkpoint as it was saved"
         )
     resolved = select_mode(
-        mode, config.model, precision.device, precision.activations, cache_dir=default_cache_dir()
+        mode.name,
+        config.model,
+        precision.device,
+        precision.activations,
+        cache_dir=default_cache_dir(),
+        on_canary_failure=mode.on_canary_failure,
     )
     model = NeuroGen(config.model, vocab_size=rows, mode=resolved)
     load_weights(model, checkpoint)

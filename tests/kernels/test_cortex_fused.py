@@ -1,10 +1,10 @@
 """The cortex's Triton launches against the plain definition in float64.
 
-A spike makes the comparison delicate. Where u is within rounding of 0, two exact implementations may disagree on a
-binary spike, which is an error of 1 that everything after inherits, or, for a graded spike, on which side of its kink the
-derivative is taken. Small cases have no such u, and are compared with the reference as it is. Long binary sequences are
-compared with `forced_reference`, which is given the spikes, computes u from them in float64, and so checks each step by
-itself: the spikes must be those of u wherever u is not within rounding of 0.
+A spike makes the comparison delicate. Where u is within rounding of 0, two sound implementations may disagree on a
+binary spike, an error of 1 that everything after inherits, or, for a graded spike, on which side of its kink the
+derivative is taken. Small cases have no such u, and are compared with the reference as it is. Long binary sequences
+are compared with `forced_reference`, which is given the spikes and computes u from them in float64, so that each step
+is checked by itself: the spikes must be those of u wherever u is not within rounding of 0.
 """
 
 import pytest
@@ -114,7 +114,7 @@ def test_no_tokens_or_no_lanes(lanes, tokens):
 
 
 def test_strides_of_the_drive_and_of_its_gradient_do_not_matter():
-    arguments, cotangents = random_arguments(2, 5, 1, 16, seed=10)
+    arguments, _ = random_arguments(2, 5, 1, 16, seed=10)
     expected = cortex(*arguments[:4], backend="fused").spikes
     for drive in (arguments.drive.contiguous(), arguments.drive.transpose(1, 2).contiguous().transpose(1, 2)):
         assert torch.equal(cortex(drive, *arguments[1:4], backend="fused").spikes, expected)

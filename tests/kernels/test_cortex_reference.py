@@ -95,7 +95,9 @@ def test_forward_and_backward_by_hand(kind, start_rate):
         arguments.document_start[0, 0] = True
     double = leaves(arguments, torch.float64)
     out, grads = run(double, cotangents, spike_kind=kind, **OPTIONS)
-    spikes, final, expected = by_hand(Arguments(*(x.detach() if torch.is_tensor(x) else x for x in double)), cotangents, kind)
+    spikes, final, expected = by_hand(
+        Arguments(*(x.detach() if torch.is_tensor(x) else x for x in double)), cotangents, kind
+    )
     torch.testing.assert_close(out.spikes, spikes, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(torch.stack(out.state), final, rtol=1e-10, atol=1e-12)
     for name, grad in grads.items():
@@ -107,7 +109,7 @@ def test_forward_and_backward_by_hand(kind, start_rate):
 
 
 def test_gradients_are_the_derivatives_where_the_spike_is_linear():
-    arguments, cotangents = random_arguments(2, 4, 1, 3, seed=2)
+    arguments, _ = random_arguments(2, 4, 1, 3, seed=2)
     # Strong drive, weak coupling and a middling decay keep every u inside (0, 4), where the surrogate is exact.
     arguments = arguments._replace(
         drive=2.0 + 0.1 * arguments.drive,
@@ -122,7 +124,7 @@ def test_gradients_are_the_derivatives_where_the_spike_is_linear():
         return out.spikes, *out.state
 
     spikes = call(*tensors)[0]
-    assert 0 < spikes.min()
+    assert spikes.min() > 0
     assert spikes.max() < GRADED_CEILING
     assert torch.autograd.gradcheck(call, tensors)
 

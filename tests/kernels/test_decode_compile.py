@@ -14,7 +14,7 @@ SCALE = {"x_ptr": "*fp32", "scale_ptr": "*fp32", "num_elements": "i32"}
 
 
 def test_no_spills():
-    large = {"V": 50257, "PITCH": 50304, "BLOCK": 4096}
+    large = {"V": 50257, "PITCH": 50304, "BLOCK": 4096, "STAGES": 1}
     cases = [
         CompileCase("kernels.decode.rows", "decode_rows_kernel", ROWS, {**large, "WRITE_GRADIENT": True}, 8),
         CompileCase("kernels.decode.rows", "scale_kernel", SCALE, {"BLOCK": 4096, "PROGRAMS": 1024}, 8),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from neurogen.config.compose import compose_config
-from neurogen.config.schema import Config
+from neurogen.config.schema import Config, ModeConfig
 from neurogen.data import BpeTokenizer
 from neurogen.errors import UserError
 from neurogen.training.checkpoint import list_checkpoints, load_checkpoint
@@ -182,7 +182,7 @@ def test_what_changed_is_said_and_what_would_corrupt_is_refused(text: Path, caps
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["mode=fused"], "fused is not built yet|Triton|interpreter"),
+        (["mode=fused"], r"mode=fused: its kernels take model\.column_width of 16, .*, not 8"),
         (["trainer.device=cuda:77"], r"device=cuda:77: this machine has"),
         (["trainer.device=toaster"], "device=toaster: unknown"),
         (["data.path=missing.txt"], "missing.txt"),
@@ -210,7 +210,7 @@ def test_a_failed_run_says_so(text: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_trained_model_loads_and_a_foreign_vocabulary_does_not(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(configure("run_dir=a", "trainer.evaluate_every=0"))
-    trained = load_trained("a", mode="auto", device="cpu", dtype="auto")
+    trained = load_trained("a", mode=ModeConfig(), device="cpu", dtype="auto")
     assert (trained.step, trained.tokenizer.kind, trained.starts_documents) == (8, "bytes", True)
     saved = load_checkpoint("a").model_tensors.load()
     for name, tensor in trained.model.state_dict().items():
@@ -218,7 +218,7 @@ def test_a_trained_model_loads_and_a_foreign_vocabulary_does_not(text: Path, mon
     foreign = BpeTokenizer.train(["the cat sat on the mat"], vocab_size=260)
     monkeypatch.setattr("neurogen.training.trained.load_tokenizer", lambda path: foreign)
     with pytest.raises(UserError, match=r"its tokenizer \(260 ids\) is not the one its weights were trained with"):
-        load_trained("a", mode="auto", device="cpu", dtype="auto")
+        load_trained("a", mode=ModeConfig(), device="cpu", dtype="auto")
 
 
 @pytest.mark.slow

@@ -145,10 +145,9 @@ class Projection:
         if self.staged_input is not None:
             self.rows[i].copy_(self.staged_input)
         product = self.output[i] if self.product is None else self.product
-        if self.bias is None:
-            torch.mm(self.rows[i], self.weight.t(), out=product)
-        else:
-            torch.addmm(self.bias, self.rows[i], self.weight.t(), out=product)
+        torch.mm(self.rows[i], self.weight.t(), out=product)
+        if self.bias is not None:  # not addmm: on a GPU that may take a workspace at every call
+            product.add_(self.bias)
         return product if self.product is None else self.output[i].copy_(product)
 
     def prepare_backward(self) -> None:
