@@ -16,6 +16,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float64")
 ON_CANARY_FAILURE = ("stop", "fall_back")
 LOGGERS = ("wandb", "none")
 LOGGER_MODES = ("offline", "online")
+STRATEGIES = ("none", "ddp", "fsdp")
 PROGRESS_BY = ("auto", "steps", "tokens", "seconds")
 
 
@@ -45,6 +46,7 @@ def check_mode(mode: ModeConfig) -> None:
 def _check_trainer(config: Config) -> None:
     trainer = config.trainer
     one_of("trainer.dtype", trainer.dtype, DTYPES)
+    one_of("trainer.distributed", trainer.distributed, STRATEGIES)
     limits = ("max_steps", "max_tokens", "max_seconds")
     for key in limits:
         if (value := getattr(trainer, key)) is not None:
@@ -60,6 +62,9 @@ def _check_trainer(config: Config) -> None:
     for key in ("evaluate_every", "sample_every", "checkpoint_every", "sample_temperature"):
         in_range(f"trainer.{key}", getattr(trainer, key), least=0)
     in_range("trainer.clip_norm", trainer.clip_norm, above=0)
+    in_range("trainer.max_skipped_in_a_row", trainer.max_skipped_in_a_row, least=0)
+    if trainer.outlier_sigma is not None:
+        in_range("trainer.outlier_sigma", trainer.outlier_sigma, above=0)
 
 
 def _check_optimizer(config: Config) -> None:

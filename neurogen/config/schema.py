@@ -12,6 +12,7 @@ from typing import Any
 
 from neurogen.brain.config import BrainConfig
 from neurogen.data.config import DataConfig
+from neurogen.sweep.config import GridConfig, LocalConfig, OptunaConfig, SlurmConfig
 from neurogen.training.loggers import LoggerConfig
 
 
@@ -110,9 +111,13 @@ class TrainerConfig:
     stop_at_step: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    distributed: str = "none"
     deterministic: bool = False
     accumulation: int = 1
     clip_norm: float = 1.0
+    outlier_sigma: float | None = 10.0
+    max_skipped_in_a_row: int = 20
+    dry_run: bool | None = None
     log_every: int = 10
     evaluate_every: int = 200
     evaluate_tokens: int = 262_144
@@ -150,4 +155,6 @@ GROUPS: dict[str, Any] = {
     "schedule": {"cosine": CosineConfig, "wsd": WSDConfig, "constant": ConstantConfig},
     "logger": LoggerConfig,
     "trainer": TrainerConfig,
+    "sweep": {"grid": GridConfig, "optuna": OptunaConfig},
+    "launcher": {"local": LocalConfig, "slurm": SlurmConfig},
 }

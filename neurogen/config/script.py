@@ -68,8 +68,10 @@ def run_script(
         else:
             os.environ["HYDRA_FULL_ERROR"] = saved_flag
     errors = [result for result in outcome if isinstance(result, UserError)]
+    rank = os.environ.get("RANK", "0")
     for each in errors:
-        print(f"error: {' '.join(str(each).split())}", file=sys.stderr)
+        head = "error" if rank == "0" else f"error on rank {rank}"
+        print(f"{head}: {' '.join(str(each).split())}", file=sys.stderr)
     if errors:
         return USER_ERROR_EXIT_CODE
     return max((result for result in outcome if isinstance(result, int)), default=0)

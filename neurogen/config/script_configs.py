@@ -60,3 +60,17 @@ class GenerateConfig:
         in_range("temperature", self.temperature, least=0)
         if self.seed < 0:
             raise UserError(f"seed={self.seed}: must be 0 or more")
+
+
+@dataclass
+class ReplayConfig:
+    """Which step to run again (see neurogen.training.replay), and on what."""
+
+    bundle: str
+    mode: ModeConfig
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        one_of("mode.name", self.mode.name, MODES)
+        one_of("dtype", self.dtype, DTYPES)

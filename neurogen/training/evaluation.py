@@ -10,6 +10,7 @@ import torch
 
 from neurogen.data import Tokenizer, TokenStream, validation_batches
 from neurogen.data.batches import IGNORE
+from neurogen.training.distributed import SINGLE, World
 from neurogen.training.precision import Precision
 
 if TYPE_CHECKING:
@@ -72,11 +73,13 @@ def evaluate(
     precision: Precision,
     max_tokens: int | None = None,
     carry_state: bool = True,
+    world: World = SINGLE,
 ) -> Evaluation:
     """Read `stream` once in lanes and sum up; the first `max_tokens` targets at most.
 
     carry_state: hand each lane's state from window to window, as in training; otherwise every window starts from a
-    new one, which shows what the memory of earlier windows is worth. Synchronises once, at the end.
+    new one, which shows what the memory of earlier windows is worth. Processes share the lanes out if they divide, and
+    otherwise all read everything; each has the whole result. Synchronises once, at the end.
     """
     # A short text in many lanes would be mostly padding.
     num_targets = min(len(stream) - 1, max_tokens or len(stream) - 1)
@@ -87,7 +90,9 @@ def evaluate(
     correct = torch.zeros((), dtype=torch.int64, device=device)
     targets = num_bytes = 0
     state = None
-    for batch in validation_batches(stream, lanes=lanes, window=window, max_tokens=max_tokens):
+    readers = world if lanes % world.size == 0 else SINGLE
+    shares = {"rank": readers.rank, "world_size": readers.size}
+    for batch in validation_batches(stream, lanes=lanes, window=window, max_tokens=max_tokens, **shares):
         valid = batch.target_ids[batch.target_ids != IGNORE]
         part = batch.to(device)
         with precision.autocast():
@@ -102,4 +107,6 @@ def evaluate(
         correct += out.num_correct
         targets += len(valid)
         num_bytes += int(bytes_of[valid].sum())
-    return Evaluation(float(nats), targets, int(correct), num_bytes)
+    totals = [nats, correct.double(), nats.new_tensor(float(targets)), nats.new_tensor(float(num_bytes))]
+    total_nats, hits, num_targets, num_bytes = readers.sum(torch.stack(totals)).tolist()
+    return Evaluation(total_nats, int(num_targets), int(hits), int(num_bytes))

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neurogen.training.distributed import shard_like, whole
+
 # The quintic a x + b x^3 + c x^5, steepest at zero: after five rounds it carries any singular value in [0.002, 1]
 # into about [0.7, 1.2].
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -95,8 +97,10 @@ class Muon(torch.optim.Optimizer):
         old: Tensor = state["momentum_buffer"]
         new = old.lerp(grad, 1.0 - group["momentum"])
         direction = grad.lerp(new, group["momentum"]) if group["nesterov"] else new
-        matrices = direction.unflatten(-2, (group["num_stacked"], -1))
+        # A matrix is orthogonal as a whole: every process works on all of it and keeps its own part.
+        matrices = whole(direction).unflatten(-2, (group["num_stacked"], -1))
         update = orthogonalize(matrices, num_iterations=group["num_iterations"]).flatten(-3, -2)
+        update = shard_like(update, param)
         scale = ADAMW_UPDATE_RMS * math.sqrt(max(matrices.shape[-2:]))
         moved = param * (1.0 - group["lr"] * group["weight_decay"]) - update * (group["lr"] * scale)
         if self.found_inf is not None:

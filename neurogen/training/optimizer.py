@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neurogen.errors import UserError
+from neurogen.training.distributed import shard_like, whole
 from neurogen.training.muon import Muon
 
 if TYPE_CHECKING:
@@ -86,10 +87,21 @@ class ModelOptimizer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
+    def unborn_state(self) -> list[Tensor]:
+        """Tensors as large as the state that the first step will make; [] once it has been made."""
+        return [
+            torch.empty_like(param)
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for param in group["params"]
+            if not optimizer.state.get(param)
+            for _ in range(1 if isinstance(optimizer, Muon) else 2)
+        ]
+
     def state_tensors(self) -> dict[str, Tensor]:
         """Every buffer by `<parameter>/<buffer>`: what exact continuation needs."""
         return {
-            f"{self._names[param]}/{key}": value
+            f"{self._names[param]}/{key}": whole(value)
             for optimizer in self.optimizers
             for param, state in optimizer.state.items()
             for key, value in state.items()
@@ -122,7 +134,8 @@ class ModelOptimizer:
                     f"the checkpoint's {full} has shape {tuple(tensor.shape)}, not {tuple(param.shape)}; keep model.*"
                 )
             dtype = torch.float32 if key == "step" else param.dtype
-            optimizer.state[param][key] = tensor.detach().to(param.device, dtype, copy=True)
+            own = tensor.detach().to(param.device, dtype, copy=True)
+            optimizer.state[param][key] = own if key == "step" else shard_like(own, param)
 
 
 def build_optimizer(model: nn.Module, config: AdamWConfig | MuonConfig) -> ModelOptimizer:

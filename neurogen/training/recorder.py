@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from neurogen.config.compose import config_to_dict
 from neurogen.errors import UserError
-from neurogen.training.checkpoint import CheckpointNotSaved
+from neurogen.training.checkpoint import CheckpointNotSaved, save_checkpoint
 from neurogen.training.checkpoint_saver import AsyncCheckpointSaver
 from neurogen.training.loggers import Logger
 from neurogen.training.metrics import MetricsWriter
@@ -95,6 +95,16 @@ class Recorder:
         self._saver.save(**self._session.checkpoint_arguments(), score=score)
         self.status("running")
 
+    def bundle(self, arguments: dict[str, Any]) -> Path:
+        """Save a replay bundle (the arguments of save_checkpoint) and return its folder. Raises UserError if the disk
+        refuses it."""
+        folder = self._run.path / "replay"
+        try:
+            folder.mkdir(exist_ok=True)
+            return save_checkpoint(folder, **arguments)
+        except OSError as error:
+            raise UserError(f"the replay bundle could not be written to {folder}: {error}") from error
+
     def finish(self, state: str, *, reason: str) -> Path:
         """Wait for the last checkpoint, draw the plots, write the final status; return the checkpoint.
 
@@ -124,3 +134,34 @@ class Recorder:
             self._metrics.close()
             self._logger.finish(self._finished_as)
             self._saver.close()
+
+
+class SilentRecorder:
+    """A recorder of a process that is not the first: it writes nothing, and hands over its part of what the first
+    one saves."""
+
+    def __init__(self, session: Session, run: RunDirectory) -> None:
+        self._session = session
+        self._run = run
+
+    def row(self, metrics: dict[str, float]) -> None: ...
+
+    def show(self, fields: dict[str, float]) -> None: ...
+
+    def samples(self, rows: Sequence[dict[str, str]]) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def save(self, *, score: float | None) -> None:
+        self._session.checkpoint_arguments()
+
+    def bundle(self, arguments: dict[str, Any]) -> Path:
+        return self._run.path / "replay"
+
+    def finish(self, state: str, *, reason: str) -> Path:
+        return self._run.checkpoints
+
+    def __enter__(self) -> SilentRecorder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None: ...

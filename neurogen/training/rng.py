@@ -22,6 +22,19 @@ def _tensor(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(_decode(text)), dtype=torch.uint8)
 
 
+def capture_torch_rng() -> dict[str, torch.Tensor]:
+    """The states of torch's generators alone, cheap enough for every step."""
+    states = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def encode_torch_rng(states: dict[str, torch.Tensor]) -> dict[str, str]:
+    """What `capture_torch_rng` gave, in place of the same keys of `capture_rng`."""
+    return {name: _encode(state.numpy().tobytes()) for name, state in states.items()}
+
+
 def capture_rng() -> dict[str, Any]:
     """Return the states of `random`, numpy's and torch's global generators and the current CUDA device (or None)."""
     version, words, next_gauss = random.getstate()

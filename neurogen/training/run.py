@@ -13,12 +13,14 @@ import torch
 from neurogen.config.compose import config_to_dict
 from neurogen.data import build_corpus
 from neurogen.errors import UserError
-from neurogen.training.checkpoint import Checkpoint
+from neurogen.training.checkpoint import Checkpoint, load_checkpoint
+from neurogen.training.distributed import World, connect
 from neurogen.training.loggers import make_logger
 from neurogen.training.progress import make_progress
-from neurogen.training.recorder import Recorder
+from neurogen.training.recorder import Recorder, SilentRecorder
 from neurogen.training.resume import config_difference, prepare_run
-from neurogen.training.session import build_session
+from neurogen.training.run_directory import RunDirectory
+from neurogen.training.session import Session, build_session
 from neurogen.training.signals import StopRequest
 from neurogen.training.trainer import INTERRUPTED, Trainer
 
@@ -46,31 +48,71 @@ def train(config: Config) -> int:
 
     Raises UserError for what the user can mend, before a run directory exists if it can be known by then.
     """
+    world = connect(config.trainer.distributed, config.trainer.device)
+    try:
+        return _train(config, world)
+    finally:
+        world.close()
+
+
+def _train(config: Config, world: World) -> int:
     seed_everything(config.seed)
     set_arithmetic(config)
-    corpus = build_corpus(config.data)
-    session = build_session(config, corpus)
+    with world.one_by_one():
+        corpus = build_corpus(config.data)
+    session = build_session(config, corpus, world)
     logger = make_logger(config.logger)
-    run, checkpoint = prepare_run(run_dir=config.run_dir, resume=config.resume, config=config_to_dict(config))
-    limits = {key: getattr(config.trainer, key) for key in ("max_steps", "max_tokens", "max_seconds")}
+    run, checkpoint = open_run(config, world)
     with run, StopRequest() as stop:
-        display = make_progress(**limits)
-        if checkpoint is not None:
-            for line in compare_configs(checkpoint, config_to_dict(config)):
+        lines = [] if checkpoint is None else continue_from(session, checkpoint)
+        recorder: Recorder | SilentRecorder = SilentRecorder(session, run)
+        if world.is_main:
+            limits = {key: getattr(config.trainer, key) for key in ("max_steps", "max_tokens", "max_seconds")}
+            display = make_progress(**limits)
+            for line in lines:
                 display.say(line)
-            for name in session.restore(checkpoint):
-                display.say(f"warning: the {name} random generator could not be restored; draws from it will differ")
-            run.rewind(checkpoint.step)
-        if config.resume is not None:
-            run.write_config(config_to_dict(config))
-        with Recorder(session, run, logger, display, resumed=config.resume is not None) as recorder:
+            if checkpoint is not None:
+                run.rewind(checkpoint.step)
+            if config.resume is not None:
+                run.write_config(config_to_dict(config))
+            recorder = Recorder(session, run, logger, display, resumed=config.resume is not None)
+        with recorder:
             recorder.say(describe(session, run.path, checkpoint))
             state, reason = Trainer(session, recorder).fit(stop)
             saved = recorder.finish(state, reason=reason)
-        print(f"{state} at step {session.progress.step} ({reason}); saved {saved}", file=sys.stderr)
-        if state == INTERRUPTED:
-            print(f"continue with: python scripts/train.py resume={run.path}", file=sys.stderr)
-        return stop.exit_code
+        if world.is_main:
+            print(f"{state} at step {session.progress.step} ({reason}); saved {saved}", file=sys.stderr)
+            if state == INTERRUPTED:
+                print(f"continue with: python scripts/train.py resume={run.path}", file=sys.stderr)
+        return world.highest(stop.exit_code)
+
+
+def open_run(config: Config, world: World) -> tuple[RunDirectory, Checkpoint | None]:
+    """The run directory, held by rank 0 and viewed by the others, and the checkpoint all go on from."""
+    run: RunDirectory | None = None
+    found: dict[str, Any] = {}
+    checkpoint: Checkpoint | None = None
+    if world.is_main:
+        try:
+            run, checkpoint = prepare_run(run_dir=config.run_dir, resume=config.resume, config=config_to_dict(config))
+            found = {"run": str(run.path), "checkpoint": None if checkpoint is None else str(checkpoint.path)}
+        except UserError as error:
+            found = {"error": str(error)}
+    found = world.tree_from_main(found)
+    if "error" in found:
+        raise UserError(found["error"])
+    if run is None:
+        run = RunDirectory.view(found["run"])
+        checkpoint = load_checkpoint(found["checkpoint"]) if found["checkpoint"] else None
+    return run, checkpoint
+
+
+def continue_from(session: Session, checkpoint: Checkpoint) -> list[str]:
+    """Restore a session; return lines to say about it. Raises UserError where that would corrupt the run."""
+    lines = compare_configs(checkpoint, config_to_dict(session.config))
+    for name in session.restore(checkpoint):
+        lines.append(f"warning: the {name} random generator could not be restored; draws from it will differ")
+    return lines
 
 
 def seed_everything(seed: int) -> None:

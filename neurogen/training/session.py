@@ -6,12 +6,13 @@ state of every lane, position in the data, random generators, and the averages o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neurogen.brain import BrainState
 from neurogen.config.compose import config_to_dict
@@ -21,6 +22,8 @@ from neurogen.errors import UserError
 from neurogen.model import NeuroGen
 from neurogen.modes.select import select_mode
 from neurogen.training.checkpoint import Checkpoint
+from neurogen.training.distributed import SINGLE, World, device_of, shard_like, whole
+from neurogen.training.guard import Guard
 from neurogen.training.meter import Meter
 from neurogen.training.optimizer import ModelOptimizer, build_optimizer
 from neurogen.training.precision import Precision, resolve_device
@@ -30,15 +33,15 @@ from neurogen.training.schedule import Progress
 if TYPE_CHECKING:
     from neurogen.config.schema import Config
 
-BRAIN, METER = "brain/", "meter/"
+BRAIN, METER, GUARD = "brain/", "meter/", "guard/"
 
 
 @dataclass
 class Session:
     """Everything that changes while a run trains, and the corpus it reads.
 
-    states: the brain's state of each part of the lanes (see Update); None where windows are independent or nothing
-    was read yet.
+    states: the brain's state of each part of this process's lanes (see Update); None where windows are independent or
+    nothing was read yet. spread: the model as the training step calls it (see World.spread).
     """
 
     config: Config
@@ -48,6 +51,9 @@ class Session:
     optimizer: ModelOptimizer
     batches: Batches
     meter: Meter
+    guard: Guard
+    spread: nn.Module
+    world: World = SINGLE
     progress: Progress = field(default_factory=Progress)
     states: list[BrainState | None] = field(default_factory=list)
 
@@ -62,15 +68,16 @@ class Session:
         return self.corpus.train.document_start_id is not None
 
     def checkpoint_arguments(self) -> dict[str, Any]:
-        """The keyword arguments of save_checkpoint, all but the directory and the score."""
+        """The keyword arguments of save_checkpoint, all but the directory and the score; of all processes together, so
+        each of them has to ask."""
         meter_tensors, meter_names = self.meter.state()
         state_tensors = {METER + name: tensor for name, tensor in meter_tensors.items()}
+        state_tensors |= {GUARD + name: tensor for name, tensor in self.guard.state().items()}
         if self.carries_state and None not in self.states:
-            whole = BrainState.cat([state for state in self.states if state is not None])
-            state_tensors |= {BRAIN + name: tensor for name, tensor in whole.tensors().items()}
+            state_tensors |= {BRAIN + name: tensor for name, tensor in self.brain_tensors(self.states).items()}
         return {
             "step": self.progress.step,
-            "model_tensors": dict(self.model.state_dict()),
+            "model_tensors": {name: whole(tensor) for name, tensor in self.model.state_dict().items()},
             "optimizer_tensors": self.optimizer.state_tensors(),
             "state_tensors": state_tensors,
             "metadata": {
@@ -87,6 +94,19 @@ class Session:
             },
             "tokenizer": self.corpus.tokenizer,
         }
+
+    def brain_tensors(self, states: Sequence[BrainState | None]) -> dict[str, Tensor]:
+        """The lanes of all parts and processes as one state's flat tensors."""
+        known = BrainState.cat([state for state in states if state is not None])
+        return {name: self.world.all_lanes(tensor) for name, tensor in known.tensors().items()}
+
+    def divided_states(self, num_parts: int) -> list[BrainState | None]:
+        """The states with the lanes divided into another number of parts."""
+        known = [state for state in self.states if state is not None]
+        if len(known) < len(self.states):
+            return [None] * num_parts
+        together = BrainState.cat(known)
+        return [together.select(part.tolist()) for part in torch.arange(together.lanes).chunk(num_parts)]
 
     def restore(self, checkpoint: Checkpoint) -> list[str]:
         """Become what was saved; return the names of random generators that could not be restored.
@@ -110,21 +130,24 @@ class Session:
         self.progress = Progress(checkpoint.step, int(saved["tokens"]), float(saved["seconds"]))
         tensors = checkpoint.state_tensors.load(device=str(self.precision.device))
         self.meter.load_state(_under(METER, tensors), list(saved["meter_names"]))
+        self.guard.load_state(_under(GUARD, tensors))
         brain = _under(BRAIN, tensors)
         if self.carries_state and brain:
             self.states = self._divide(BrainState.from_tensors(brain))
         return restore_rng(saved["rng"])
 
-    def _divide(self, whole: BrainState) -> list[BrainState | None]:
-        """The lanes of a state in as many parts as a step takes."""
+    def _divide(self, state: BrainState) -> list[BrainState | None]:
+        """This process's lanes of a state in as many parts as a step takes."""
         lanes = self.config.data.lanes
-        whole.check_fits(self.model.init_state(lanes))
-        return [whole.select(part.tolist()) for part in torch.arange(lanes).chunk(self.config.trainer.accumulation)]
+        state.check_fits(self.model.init_state(lanes))
+        own = torch.arange(lanes).chunk(self.world.size)[self.world.rank]
+        return [state.select(part.tolist()) for part in own.chunk(self.config.trainer.accumulation)]
 
 
-def build_session(config: Config, corpus: Corpus) -> Session:
+def build_session(config: Config, corpus: Corpus, world: World = SINGLE) -> Session:
     """A new session at step 0. Raises UserError for a mode, device or size that cannot be had."""
-    device = resolve_device(config.trainer.device)
+    world.share(config.data.lanes // config.trainer.accumulation, "data.lanes / trainer.accumulation")
+    device = resolve_device(device_of(world, config.trainer.device))
     precision = Precision.resolve(device, config.trainer.dtype)
     mode = select_mode(
         config.mode.name,
@@ -134,10 +157,11 @@ def build_session(config: Config, corpus: Corpus) -> Session:
         cache_dir=Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir(),
         on_canary_failure=config.mode.on_canary_failure,
     )
-    batches = make_batches(corpus.train, config.data, seed=config.seed)
+    batches = make_batches(corpus.train, config.data, seed=config.seed, rank=world.rank, world_size=world.size)
     torch.manual_seed(config.seed)
     model = NeuroGen(config.model, vocab_size=corpus.tokenizer.vocab_size, mode=mode)
     precision.place(model)
+    spread = world.spread(model)
     states: list[BrainState | None] = [None] * config.trainer.accumulation
     return Session(
         config,
@@ -147,6 +171,9 @@ def build_session(config: Config, corpus: Corpus) -> Session:
         build_optimizer(model, config.optimizer),
         batches,
         Meter(device),
+        Guard(device, sigma=config.trainer.outlier_sigma),
+        spread,
+        world,
         states=states,
     )
 
@@ -166,7 +193,7 @@ def load_weights(model: NeuroGen, checkpoint: Checkpoint) -> None:
                 f"{tuple(own[name].shape)}; use the checkpoint's own model.* settings and tokenizer"
             )
         with torch.no_grad():
-            own[name].copy_(tensor)
+            own[name].copy_(shard_like(tensor, own[name]))
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

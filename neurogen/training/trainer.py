@@ -7,13 +7,19 @@ continues.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
+from neurogen.brain import BrainState
+from neurogen.data import Batch
 from neurogen.errors import UserError
+from neurogen.training.dry_run import check_memory
 from neurogen.training.evaluation import evaluate
 from neurogen.training.flops import model_flops_utilization, peak_memory_bytes
-from neurogen.training.recorder import Recorder
+from neurogen.training.recorder import Recorder, SilentRecorder
+from neurogen.training.replay import bundle_arguments
+from neurogen.training.rng import capture_torch_rng
 from neurogen.training.samples import sample_texts
 from neurogen.training.schedule import learning_rate_scale, run_share
 from neurogen.training.session import Session
@@ -39,18 +45,29 @@ class Trainer:
         recorder: where metrics, samples and checkpoints go.
     """
 
-    def __init__(self, session: Session, recorder: Recorder) -> None:
+    def __init__(self, session: Session, recorder: Recorder | SilentRecorder) -> None:
         self.session = session
+        self.world = session.world
         self.recorder = recorder
         self.config = session.config.trainer
         self.update = Update(
-            session.model, session.optimizer, clip_norm=self.config.clip_norm, precision=session.precision
+            session.model,
+            session.optimizer,
+            clip_norm=self.config.clip_norm,
+            precision=session.precision,
+            guard=session.guard,
+            world=session.world,
+            spread=session.spread,
         )
         self.clock = Stopwatch(session.precision.device, seconds=session.progress.seconds)
         self._step_tokens = session.config.data.lanes * session.config.data.window
         self._interval = (session.progress.tokens, session.progress.seconds)
         self._last_score: float | None = None
         self._shown: dict[str, float] = {}
+        # What the last step read: kept until the next one, for a replay bundle.
+        self._parts: list[Batch] = []
+        self._read: list[BrainState | None] = []
+        self._rng: dict[str, torch.Tensor] = {}
 
     def fit(self, stop: StopRequest) -> tuple[str, str]:
         """Train to the end. Returns (`finished` or `interrupted`, why).
@@ -79,30 +96,37 @@ class Trainer:
         session, progress = self.session, self.session.progress
         share = run_share(progress, self.config, by=session.config.schedule.by, step_tokens=self._step_tokens)
         session.optimizer.set_rate_scale(learning_rate_scale(session.config.schedule, share, step=progress.step))
-        parts = split_batch(next(session.batches), self.config.accumulation)
-        result = self.update(parts, session.states)
+        self._parts = split_batch(next(session.batches), self.config.accumulation)
+        self._read, self._rng = session.states, capture_torch_rng()
+        result = self.update(self._parts, session.states)
         if session.carries_state:
             session.states = list(result.states)
         session.meter.add(result)
         progress.step += 1
         progress.tokens += result.num_targets
-        progress.seconds = self.clock.seconds
+        progress.seconds = self.world.from_main(self.clock.seconds)
 
     def _look(self, *, finishing: bool) -> None:
         """Write this step's row and samples, as far as they are due; at the end of a run everything is."""
         row = self._training_metrics() if finishing or self._due(self.config.log_every) else {}
         self._last_score = None
-        with self.clock.paused() if finishing or self._looks_closer() else contextlib.nullcontext():
+        with self._looking() if finishing or self._looks_closer() else contextlib.nullcontext():
             if finishing or self._due(self.config.evaluate_every):
                 validation = self.validate()
                 self._last_score = validation["val/loss"]
                 row |= validation
-            if finishing or self._due(self.config.sample_every):
+            if (finishing or self._due(self.config.sample_every)) and self.world.is_main:
                 self._sample()
         if row:
             self.recorder.row(row)
             self._shown |= {short: row[name] for name, short in SHOWN.items() if name in row}
             self.recorder.show(self._shown)
+
+    @contextlib.contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Around evaluation and samples: off the clock, with whole parameters."""
+        with self.clock.paused(), self.world.gathered(self.session.model):
+            yield
 
     def _looks_closer(self) -> bool:
         return self._due(self.config.evaluate_every) or self._due(self.config.sample_every)
@@ -114,7 +138,8 @@ class Trainer:
         """Averages since the last reading; the step's one wait for the device."""
         session, progress = self.session, self.session.progress
         metrics = session.meter.read()
-        progress.seconds = self.clock.seconds
+        self._stop_if_stuck()
+        progress.seconds = self.world.from_main(self.clock.seconds)
         tokens, seconds = progress.tokens - self._interval[0], progress.seconds - self._interval[1]
         self._interval = (progress.tokens, progress.seconds)
         speed = tokens / max(seconds, 1e-9)
@@ -122,7 +147,7 @@ class Trainer:
         metrics["throughput/tokens_per_second"] = speed
         if session.precision.name == "bfloat16":  # the peak rates known are bfloat16's
             device = session.precision.device
-            utilization = model_flops_utilization(speed, session.model.flops_per_token(), device)
+            utilization = model_flops_utilization(speed / self.world.size, session.model.flops_per_token(), device)
             if utilization is not None:
                 metrics["throughput/mfu"] = utilization
         metrics["memory/peak_bytes"] = peak_memory_bytes(session.precision.device)
@@ -150,6 +175,7 @@ class Trainer:
                 precision=session.precision,
                 max_tokens=self.config.evaluate_tokens,
                 carry_state=carry_state,
+                world=self.world,
             )
             metrics |= result.metrics(prefix)
         return metrics
@@ -181,28 +207,48 @@ class Trainer:
         return None
 
     def _interrupted(self, stop: StopRequest) -> tuple[str, str] | None:
-        if stop.requested:
-            return INTERRUPTED, f"{stop.name} received"
+        if self.world.highest(int(stop.requested)):
+            return INTERRUPTED, f"{stop.name or 'a signal to another process'} received"
         if self.config.stop_at_step is not None and self.session.progress.step >= self.config.stop_at_step:
             return INTERRUPTED, f"trainer.stop_at_step={self.config.stop_at_step} reached"
         return None
 
+    def _stop_if_stuck(self) -> None:
+        """Raise UserError if too many steps in a row were skipped, after leaving the last one for scripts/replay.py."""
+        limit, skipped = self.config.max_skipped_in_a_row, self.session.guard.num_in_a_row()
+        if not limit or skipped < limit:
+            return
+        reason = f"{skipped} steps in a row were skipped up to step {self.session.progress.step}"
+        bundle = self.recorder.bundle(bundle_arguments(self.session, self._parts, self._read, self._rng, reason=reason))
+        raise UserError(
+            f"trainer.max_skipped_in_a_row={limit}: {reason}, their losses or gradients not finite or outlying; see "
+            f"what came first: python scripts/replay.py bundle={bundle}"
+        )
+
     def _warm_up(self) -> None:
         """On a GPU, take the first step without its update and off the clock: kernels compile, and too large a batch
         shows at once."""
-        session = self.session
-        if session.precision.device.type != "cuda":
+        session, on_gpu = self.session, self.session.precision.device.type == "cuda"
+        if not (on_gpu if self.config.dry_run is None else self.config.dry_run):
             return
         position = session.batches.state_dict()
         batch = next(session.batches)
         session.batches.load_state_dict(position)
-        try:
-            self.update.backward(split_batch(batch, self.config.accumulation), session.states)
-            torch.cuda.synchronize(session.precision.device)
-        except torch.cuda.OutOfMemoryError as error:
-            lanes, parts = session.config.data.lanes, self.config.accumulation
-            raise UserError(
-                f"data.lanes={lanes}: a step does not fit in the GPU's memory ({str(error).splitlines()[0]}); take "
-                f"it in more parts with trainer.accumulation={2 * parts}, or lower data.lanes or data.window"
-            ) from error
-        session.optimizer.zero_grad()
+
+        def attempt(num_parts: int) -> None:
+            try:
+                self.update.backward(split_batch(batch, num_parts), session.divided_states(num_parts))
+                moments = session.optimizer.unborn_state()
+                if on_gpu:
+                    torch.cuda.synchronize(session.precision.device)
+                del moments
+            finally:
+                session.optimizer.zero_grad()
+
+        check_memory(
+            attempt,
+            lanes=session.config.data.lanes // self.world.size,
+            accumulation=self.config.accumulation,
+            window=session.config.data.window,
+            search=self.world.size == 1,  # the others could not follow
+        )

@@ -5,6 +5,7 @@ B lanes, T tokens; the lanes of a batch may be taken in several parts whose grad
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from neurogen.brain import BrainState
 from neurogen.data import Batch
 from neurogen.data.batches import IGNORE
+from neurogen.training.distributed import SINGLE, World, whole
+from neurogen.training.guard import Guard
 from neurogen.training.optimizer import ModelOptimizer
 from neurogen.training.precision import Precision
 
@@ -32,9 +35,11 @@ class StepResult:
         num_correct: targets that the arg-max hit.
         num_targets: targets that count, known to the host.
         grad_norm: global norm before clipping.
-        skipped: 1 if the gradient or loss was not finite and nothing was updated, else 0.
+        skipped: 1 if the guard refused the step and nothing was updated, else 0.
         health: the model's health metrics, mean over the parts.
         states: the brain's state after each part, detached.
+
+    With several processes everything but the states is of all of them together, and the same on each.
     """
 
     loss: Tensor
@@ -53,50 +58,82 @@ class Update:
         model, optimizer: what is moved, and how.
         clip_norm: the global gradient norm is scaled down to this.
         precision: the arithmetic of the forward pass.
+        guard: judges which steps are skipped; None: those that are not finite.
+        world: the processes that take each step together.
+        spread: the model as `world.spread` returned it.
     """
 
-    def __init__(self, model: NeuroGen, optimizer: ModelOptimizer, *, clip_norm: float, precision: Precision) -> None:
+    def __init__(
+        self,
+        model: NeuroGen,
+        optimizer: ModelOptimizer,
+        *,
+        clip_norm: float,
+        precision: Precision,
+        guard: Guard | None = None,
+        world: World = SINGLE,
+        spread: nn.Module | None = None,
+    ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.clip_norm = clip_norm
         self.precision = precision
+        self.guard = guard or Guard(precision.device)
+        self.world = world
+        self._spread = spread or model
         self._params = [param for param in model.parameters() if param.requires_grad]
 
     def __call__(self, batches: Sequence[Batch], states: Sequence[BrainState | None]) -> StepResult:
         """Take one step on `batches`, each read from its own state (None: a new one).
 
         Parts are weighted by their number of targets, so the gradient is that of the mean over all targets, however
-        the lanes were divided. A step whose loss or gradient is not finite changes no parameter and no moment;
-        non-finite entries of the state it leaves start again from zero. Nothing waits for the device.
+        the lanes were divided. A step that the guard refuses changes no parameter and no moment; non-finite entries of
+        the state it leaves start again from zero. Nothing waits for the device.
         """
         self.optimizer.zero_grad()
         result = self.backward(batches, states)
-        self.optimizer.step(skip=result.skipped)
-        return result
+        skipped = self.guard.judge(result.loss, result.grad_norm)
+        self.optimizer.step(skip=skipped)
+        return dataclasses.replace(result, skipped=skipped)
 
     def backward(self, batches: Sequence[Batch], states: Sequence[BrainState | None]) -> StepResult:
         """Everything of a step but the update: gradients are left, clipped, in the parameters."""
         counts = [int((batch.target_ids != IGNORE).sum()) for batch in batches]
-        total = max(1, sum(counts))
+        num_targets = self.world.sum_count(sum(counts))
         losses, correct, ends, healths = [], [], [], []
-        for batch, state, count in zip(batches, states, counts):
+        for index, (batch, state, count) in enumerate(zip(batches, states, counts)):
             part = _to_device(batch, self.precision.device)
-            with self.precision.autocast():
-                out = self.model(part.input_ids, state, document_start=part.document_start, target_ids=part.target_ids)
-            assert out.loss is not None
-            assert out.num_correct is not None
-            if count:
-                loss = out.loss * (count / total)
-                loss.backward()
-                losses.append(loss.detach())
+            with self.world.accumulating(self._spread, last=index == len(batches) - 1):
+                with self.precision.autocast():
+                    out = self._spread(
+                        part.input_ids, state, document_start=part.document_start, target_ids=part.target_ids
+                    )
+                assert out.loss is not None
+                assert out.num_correct is not None
+                if count or self.world.size > 1:  # the other ranks wait for this one's gradients, even if they are zero
+                    loss = out.loss * (count / max(1, num_targets))
+                    (loss * self.world.size).backward()  # gradients are averaged over ranks
+                    losses.append(loss.detach())
             correct.append(out.num_correct)
             ends.append(_finite(out.state.detach()))
             healths.append(out.health)
         loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.precision.device)
-        grad_norm = nn.utils.clip_grad_norm_(self._params, self.clip_norm, error_if_nonfinite=False)
-        skipped = (~(torch.isfinite(grad_norm) & torch.isfinite(loss))).to(torch.float32)
+        grad_norm = self._clip()
         health = {name: torch.stack([each[name].float() for each in healths]).mean() for name in healths[0]}
-        return StepResult(loss, torch.stack(correct).sum(), sum(counts), grad_norm, skipped, health, ends)
+        num_correct = torch.stack(correct).sum()
+        if self.world.size > 1:
+            numbers = [loss, num_correct, *(value / self.world.size for value in health.values())]
+            loss, num_correct, *shares = self.world.sum(torch.stack([number.double() for number in numbers])).unbind()
+            health = dict(zip(health, shares))
+        skipped = torch.zeros((), device=self.precision.device)
+        return StepResult(loss, num_correct, num_targets, grad_norm, skipped, health, ends)
+
+    def _clip(self) -> Tensor:
+        """Scale the gradients down to `clip_norm`; return their global norm of before."""
+        grads = [param.grad for param in self._params if param.grad is not None]
+        grad_norm = whole(nn.utils.get_total_norm(grads, error_if_nonfinite=False))
+        nn.utils.clip_grads_with_norm_(self._params, self.clip_norm, grad_norm)
+        return grad_norm.to(self.precision.device)
 
 
 def split_batch(batch: Batch, num_parts: int) -> list[Batch]:

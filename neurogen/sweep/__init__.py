@@ -1,0 +1,1 @@
+"""Many runs from one command line: expanded or searched, launched, skipped when done, summed up."""
