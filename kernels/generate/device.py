@@ -127,22 +127,20 @@ def project(
     p_w = p_w + o_r[:, None] * K + o_k[None, :]
     rows = (o_r < num_rows)[:, None]
     acc, acc_pair = empty_sums(BL, BR, BK, DOT), empty_sums(BL, BR, BK, DOT)
-    square = tl.zeros([BL, BK] if DOT else [BK], tl.float32)
+    square = tl.zeros([BL] if DOT else [BK], tl.float32)
     for k in tl.range(0, K, BK, num_stages=STAGES):
         inside = (k + o_k < K)[None, :]
         b_w = tl.load(p_w + k, mask=rows & inside, other=0.0)
         b_x = load_activations(p_x, k, num_lanes, K, BL, BK, DOT)
         if NORM:
-            square += b_x * b_x
+            square += tl.sum(b_x * b_x, 1) if DOT else b_x * b_x
         acc = accumulate(acc, b_x, b_w, DOT)
         if PAIR:
             b_pair = tl.load(p_w + pair_offset + k, mask=rows & inside, other=0.0)
             acc_pair = accumulate(acc_pair, b_x, b_pair, DOT)
     out, out_pair = finish(acc, DOT), finish(acc_pair, DOT)
     if NORM:
-        scale = tl.rsqrt(tl.sum(square, 1 if DOT else 0) / K + EPS)
-        if DOT:
-            scale = scale[:, None]
+        scale = tl.rsqrt(square / K + EPS)[:, None] if DOT else tl.rsqrt(tl.sum(square, 0) / K + EPS)
         out, out_pair = out * scale, out_pair * scale
     return out, out_pair
 

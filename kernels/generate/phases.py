@@ -40,13 +40,20 @@ def lateral_input(
     """R s for the neurons o_r of a tile, [BL, BR], from the last token's spikes `[B, D]`. With DOT the tile lies in one
     column (the caller sees to it); a single lane gathers, so that tiles need not. EXACT is full float32, which costs
     registers; otherwise three TF32 products give nearly that."""
-    o_l, o_c = tl.arange(0, BL), tl.arange(0, C)
-    b_w = tl.load(p_lateral + o_r[:, None] * C + o_c[None, :], mask=rows[:, None], other=0.0)
     if DOT:
-        p_s = p_spikes + o_l[:, None] * D + first // C * C + o_c[None, :]
-        b_s = tl.load(p_s, mask=(o_l < num_lanes)[:, None], other=0.0, cache_modifier=".cg")
-        return tl.dot(b_s, tl.trans(b_w), input_precision="ieee" if EXACT else "tf32x3")
+        # In slices, as a whole column of spikes would not fit the registers of each warp.
+        SLICE: tl.constexpr = 32 if C > 32 else C
+        o_l, o_c = tl.arange(0, BL), tl.arange(0, SLICE)
+        out = tl.zeros([BL, o_r.shape[0]], tl.float32)
+        for c in tl.range(0, C, SLICE, num_stages=1):
+            b_w = tl.load(p_lateral + o_r[:, None] * C + c + o_c[None, :], mask=rows[:, None], other=0.0)
+            p_s = p_spikes + o_l[:, None] * D + first // C * C + c + o_c[None, :]
+            b_s = tl.load(p_s, mask=(o_l < num_lanes)[:, None], other=0.0, cache_modifier=".cg")
+            out = tl.dot(b_s, tl.trans(b_w), out, input_precision="ieee" if EXACT else "tf32x3")
+        return out
     else:
+        o_c = tl.arange(0, C)
+        b_w = tl.load(p_lateral + o_r[:, None] * C + o_c[None, :], mask=rows[:, None], other=0.0)
         p_s = p_spikes + (o_r // C * C)[:, None] + o_c[None, :]
         b_s = tl.load(p_s, mask=rows[:, None], other=0.0, cache_modifier=".cg")
         return tl.sum(b_w * b_s, 1)[None, :]
