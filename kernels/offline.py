@@ -3,7 +3,7 @@
 import re
 import subprocess
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,6 @@ def compile_kernel(
     capability: int = 90,
     num_warps: int = 4,
     num_stages: int = 3,
-    divisible_by_16: Collection[str] = (),
 ) -> tuple[Resources, str]:
     """Compile a `@triton.jit` function without a GPU.
 
@@ -35,8 +34,6 @@ def compile_kernel(
         signature: type of every argument by name, such as `*bf16`, `i32` or `constexpr`.
         constexprs: the values of those.
         capability: 80, 89 or 90.
-        divisible_by_16: arguments whose value (for a pointer, its address) the runtime would see to be a multiple of 16,
-            which lets the compiler load 16 bytes at once.
 
     Returns:
         What it uses, and its machine code as text.
@@ -45,8 +42,7 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    hints = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in divisible_by_16}
-    source = ASTSource(fn=kernel, signature=dict(signature), constexprs=dict(constexprs), attrs=hints)
+    source = ASTSource(fn=kernel, signature=dict(signature), constexprs=dict(constexprs))
     options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
