@@ -3,7 +3,7 @@
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ SHARED_LIMITS = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a block
 
 
 class Resources(NamedTuple):
-    """Registers a thread, bytes of stack (spills and arrays in local memory) a thread, bytes of shared memory a block."""
+    """Registers a thread, bytes of stack (spills, arrays in local memory) a thread, bytes of shared memory a block."""
 
     registers: int
     stack_bytes: int
@@ -26,6 +26,8 @@ def compile_kernel(
     capability: int = 90,
     num_warps: int = 4,
     num_stages: int = 3,
+    divisible: Collection[str] = (),
+    max_registers: int | None = None,
 ) -> tuple[Resources, str]:
     """Compile a `@triton.jit` function without a GPU.
 
@@ -34,6 +36,8 @@ def compile_kernel(
         signature: type of every argument by name, such as `*bf16`, `i32` or `constexpr`.
         constexprs: the values of those.
         capability: 80, 89 or 90.
+        divisible: integer arguments known to be multiples of 16; pointers always are.
+        max_registers: a thread; None lets the compiler choose.
 
     Returns:
         What it uses, and its machine code as text.
@@ -42,8 +46,11 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    source = ASTSource(fn=kernel, signature=dict(signature), constexprs=dict(constexprs))
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    # Torch's tensors begin at multiples of 16 bytes at least, and a launch tells the compiler so.
+    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or name in divisible]
+    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(fn=kernel, signature=dict(signature), constexprs=dict(constexprs), attrs=attrs)
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": max_registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:

@@ -24,7 +24,10 @@ def cortex(
 ) -> CortexOutput:
     """Run spiking hyper-columns through a sequence; see `cortex_reference` for shapes and formulas."""
     check_backend(backend)
-    return cortex_reference(
+    run = cortex_reference
+    if backend == "fused":
+        from kernels.cortex.fused import cortex_fused as run  # here, because the reference works without Triton
+    return run(
         drive,
         lateral_weight,
         decay,

@@ -63,7 +63,7 @@ def cortex_reference(
     Returns:
         CortexOutput; the spikes have the drive's type, the state accumulates in float32 or float64.
     """
-    _, num_tokens, width = drive.shape
+    width = drive.shape[-1]
     num_columns, column_width, _ = lateral_weight.shape
     dtype = accumulation_dtype(drive, decay)
 
@@ -72,19 +72,19 @@ def cortex_reference(
 
     with no_autocast(drive):
         alpha = decay.to(dtype).view(num_columns, 1, column_width)
-        # One product a token does the lateral input and the soft reset: (1 - alpha) R s - alpha theta s.
-        recurrent = lateral_weight.to(dtype).transpose(1, 2) * (1 - alpha) - torch.diag_embed(alpha[:, 0] * threshold)
+        recurrent = recurrent_weight(lateral_weight.to(dtype), alpha, threshold)
         # (1 - alpha) I / sqrt(1 - alpha), laid out [T, K, B, C] so that a token is one contiguous block.
         driven = by_column(drive.transpose(0, 1)) * (1 - alpha).sqrt()
         v, a, s = (by_column(x) for x in state)
         kept = None if document_start is None else (~document_start).to(dtype).t()[:, None, :, None]
 
         outputs = []
-        for t in range(num_tokens):
+        # unbind, because the gradient of indexing by t would be a zero-filled copy of the whole sequence at each t.
+        for t, driven_t in enumerate(driven.unbind(0)):
             if kept is not None:
                 v, a, s = v * kept[t], a * kept[t], s * kept[t]
             a = torch.lerp(s, a, adaptation_decay)
-            v = torch.baddbmm(torch.addcmul(driven[t], alpha, v), s, recurrent)
+            v = torch.baddbmm(torch.addcmul(driven_t, alpha, v), s, recurrent)
             s = spike(torch.sub(v, a, alpha=adaptation_strength) - threshold, spike_kind)
             outputs.append(s)
 
@@ -101,3 +101,9 @@ def cortex_reference(
             num_fired=fired.sum((0, 2), dtype=torch.int32).view(width),
             num_saturated=saturated.sum((0, 2), dtype=torch.int32).view(width),
         )
+
+
+def recurrent_weight(lateral_weight: Tensor, alpha: Tensor, threshold: float) -> Tensor:
+    """The one matrix a column, `[K, C, C]`, by which a row of spikes is multiplied: lateral input and soft reset,
+    (1 - alpha) R s - alpha theta s, for R `[K, C, C]` and alpha `[K, 1, C]`."""
+    return lateral_weight.transpose(1, 2) * (1 - alpha) - torch.diag_embed(alpha[:, 0] * threshold)

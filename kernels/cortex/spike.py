@@ -45,6 +45,11 @@ def binary_derivative(u: Tensor) -> Tensor:
     return 1.0 / (1.0 + (math.pi * u).square())
 
 
+def derivative(u: Tensor, kind: str) -> Tensor:
+    """What backward multiplies by, for spikes of `kind` at u."""
+    return graded_derivative(u) if kind == "graded" else binary_derivative(u)
+
+
 def spike(u: Tensor, kind: str) -> Tensor:
     """Spikes of neurons whose membrane voltage exceeds their threshold by u.
 

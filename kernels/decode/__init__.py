@@ -18,4 +18,8 @@ def decode(
 ) -> DecodeOutput:
     """Loss and accuracy of a linear decoder; see `decode_reference` for shapes and formula."""
     check_backend(backend)
+    if backend == "fused":
+        from kernels.decode.fused import decode_fused
+
+        return decode_fused(hidden, weight, target_ids, ignore_index=ignore_index)
     return decode_reference(hidden, weight, target_ids, ignore_index=ignore_index)

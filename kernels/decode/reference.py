@@ -27,7 +27,7 @@ def decode_reference(
 
     Arguments:
         hidden: h, `[..., D]`.
-        weight: W, `[V, D]`.
+        weight: W, `[V, D]`; one of another type than hidden, a float32 master for instance, is rounded to hidden's.
         target_ids: `[...]` int64 in `[0, V)` or `ignore_index`.
         ignore_index: targets with this value count neither in the loss nor in the accuracy.
 
@@ -35,7 +35,7 @@ def decode_reference(
         DecodeOutput. A tie of the largest logits goes to the lowest id.
     """
     hidden, target_ids = hidden.reshape(-1, hidden.shape[-1]), target_ids.reshape(-1)
-    logits = F.linear(hidden, weight).to(accumulation_dtype(hidden, weight))
+    logits = F.linear(hidden, weight.to(hidden.dtype)).to(accumulation_dtype(hidden))
     total = F.cross_entropy(logits, target_ids, ignore_index=ignore_index, reduction="sum")
     counted = target_ids != ignore_index
     num_targets = counted.sum()

@@ -166,7 +166,8 @@ memory_forward.register_autograd(_differentiate, setup_context=_save_for_backwar
 
 @lru_cache
 def _has_large_shared(index: int) -> bool:
-    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin >= 227 * 1024
+    properties = torch.cuda.get_device_properties(index)
+    return properties.shared_memory_per_block_optin >= 227 * 1024  # type: ignore[attr-defined]  # not in the stubs
 
 
 def _table(value: Tensor, write_logit: Tensor | None) -> LaunchTable:
@@ -208,7 +209,7 @@ class _Call:
     def _strides(self, x: Tensor | None) -> tuple[int, ...]:
         return (0, 0, 0) if x is None else x.stride()[:3]
 
-    def _start_strides(self) -> tuple[int, int]:
+    def _start_strides(self) -> tuple[int, ...]:
         return (0, 0) if self.start is None else self.start.stride()
 
     def _common(self) -> dict[str, object]:

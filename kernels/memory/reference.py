@@ -76,8 +76,7 @@ def memory_reference(
             document_start = torch.zeros(num_lanes, num_tokens, dtype=torch.bool, device=value.device)
         chunks = _cut(query, key, value, forget_logit, write_logit, document_start, chunk_size, dtype, eps)
         if rule == "hebbian":
-            writes, reads_of_state = chunks.value, None
-            transition = chunks.carry * torch.eye(width, dtype=dtype, device=value.device)
+            writes, reads_of_state, transition = chunks.value, None, None
         else:
             writes, reads_of_state = _solve_delta(chunks)
             transition = chunks.carry * torch.eye(width, dtype=dtype, device=value.device)
@@ -87,10 +86,8 @@ def memory_reference(
         incoming = []
         for i in range(chunks.key.shape[2]):
             incoming.append(state)
-            if rule == "hebbian":
-                state = chunks.carry[:, :, i] * state + written[:, :, i]
-            else:
-                state = transition[:, :, i] @ state + written[:, :, i]
+            carried = chunks.carry[:, :, i] * state if transition is None else transition[:, :, i] @ state
+            state = carried + written[:, :, i]
         states = torch.stack(incoming, dim=2)
         if reads_of_state is not None:
             writes = writes - reads_of_state @ states

@@ -1,5 +1,6 @@
 """Relay: token ids to the first workspace vector."""
 
+import torch
 from torch import Tensor
 
 from kernels.backend import check_backend
@@ -16,8 +17,13 @@ def relay(
     document_start: Tensor | None = None,
     *,
     eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
     backend: str = "reference",
 ) -> tuple[Tensor, Tensor]:
     """Gather, normalise and filter a sequence of token ids; see `relay_reference` for shapes and formula."""
     check_backend(backend)
-    return relay_reference(input_ids, embedding, taps, recent_ids, document_start, eps=eps)
+    if backend == "fused":
+        from kernels.relay.fused import relay_fused
+
+        return relay_fused(input_ids, embedding, taps, recent_ids, document_start, eps=eps, out_dtype=out_dtype)
+    return relay_reference(input_ids, embedding, taps, recent_ids, document_start, eps=eps, out_dtype=out_dtype)

@@ -17,6 +17,7 @@ def relay_reference(
     document_start: Tensor | None = None,
     *,
     eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x_t = sum_j taps[j] * rms(E[id_{t-j}]), where a tap that would reach over a document's start reads zero.
 
@@ -27,9 +28,10 @@ def relay_reference(
         recent_ids: `[B, J-1]` int64, the ids before this sequence, oldest first; -1 where there is none.
         document_start: `[B, T]` bool, or None for no start inside the sequence.
         eps: added to the mean square.
+        out_dtype: type of x; the embedding's if None.
 
     Returns:
-        x `[B, T, D]` in the embedding's type, and the `recent_ids` to carry into the next sequence.
+        x `[B, T, D]`, and the `recent_ids` to carry into the next sequence.
     """
     num_taps = taps.shape[0]
     num_tokens = input_ids.shape[1]
@@ -50,4 +52,4 @@ def relay_reference(
 
     last = slice(history.shape[1] - (num_taps - 1), None)
     carried = torch.where(segment[:, last] == segment[:, -1:], history[:, last], NO_TOKEN)
-    return x.to(embedding.dtype), carried
+    return x.to(out_dtype or embedding.dtype), carried

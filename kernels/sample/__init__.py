@@ -21,4 +21,8 @@ def sample(
 ) -> SampleOutput:
     """Decode one position a lane and draw its token; see `sample_reference` and `sample_logits`."""
     check_backend(backend)
+    if backend == "fused":
+        from kernels.sample.fused import sample_fused
+
+        return sample_fused(hidden, weight, sampling, seed=seed, lanes=lanes, positions=positions, seen=seen)
     return sample_reference(hidden, weight, sampling, seed=seed, lanes=lanes, positions=positions, seen=seen)

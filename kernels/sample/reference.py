@@ -135,4 +135,5 @@ def sample_reference(
 ) -> SampleOutput:
     """Logits W h of one position a lane and a token drawn from them; hidden `[B, D]`, weight `[V, D]`; the rest as for
     `sample_logits`."""
-    return sample_logits(F.linear(hidden, weight), sampling, seed=seed, lanes=lanes, positions=positions, seen=seen)
+    logits = F.linear(hidden, weight.to(hidden.dtype))
+    return sample_logits(logits, sampling, seed=seed, lanes=lanes, positions=positions, seen=seen)

@@ -6,10 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from kernels.cortex import CortexState
+from kernels.norm import add_norm
 from kernels.relay import NO_TOKEN
 from neurogen.brain.config import NUM_TAPS, BrainConfig
 from neurogen.brain.embedding import TokenEmbedding
-from neurogen.brain.regions import HALF_LIVES, Activity, BasalGanglia, CortexLayer, MemoryLayer, Thalamus
+from neurogen.brain.regions import (
+    HALF_LIVES,
+    Activity,
+    BasalGanglia,
+    CortexLayer,
+    MemoryLayer,
+    Thalamus,
+    activation_dtype,
+)
 from neurogen.brain.state import BrainState, LayerState, MemoryState
 
 
@@ -77,23 +86,39 @@ class Brain(nn.Module):
             backend: which kernels run, `reference` or `fused`.
         """
         x, recent_ids = self.thalamus(input_ids, embedding.weight, state.recent_ids, document_start, backend)
+        return self.think(x, recent_ids, state, document_start, backend=backend)
+
+    def think(
+        self,
+        x: Tensor,
+        recent_ids: Tensor,
+        state: BrainState,
+        document_start: Tensor | None = None,
+        *,
+        backend: str = "reference",
+    ) -> BrainOutput:
+        """The regions after the thalamus: its output `[B, T, D]` and the ids it carries on to Broca's output."""
+        num_tokens, eps = x.shape[1], self.config.norm_eps
         layer_states: dict[str, LayerState] = {}
         activity: dict[str, Activity] = {}
-        go = None
+        delta, go = None, None  # what the layer before adds to the workspace, and the gates on Broca
         for name, layer in self.layers().items():
+            x, h = add_norm(x, delta, eps=eps, out_dtype=activation_dtype(x), backend=backend)
             layer_state = state.layers[name]
             if isinstance(layer, MemoryLayer):
                 assert isinstance(layer_state, MemoryState)
-                x, layer_states[name] = layer(x, layer_state, document_start, backend)
+                x, delta, layer_states[name] = layer(x, h, layer_state, document_start, backend)
                 continue
             assert isinstance(layer_state, CortexState)
             in_broca = name.startswith("broca.")
             if in_broca and go is None and self.basal_ganglia is not None:
-                go = self.basal_ganglia(x)
-            x, layer_states[name], activity[name] = layer(
-                x, layer_state, document_start, go if in_broca else None, backend
+                go = self.basal_ganglia(h)
+            x, delta, layer_states[name], activity[name] = layer(
+                x, h, layer_state, document_start, go if in_broca else None, backend
             )
-        position = state.position + input_ids.shape[1]
+        if delta is not None:
+            x = x + delta
+        position = state.position + num_tokens
         return BrainOutput(x, BrainState(position, recent_ids, layer_states), activity, go)
 
     def step(self, token_ids: Tensor, embedding: TokenEmbedding, state: BrainState) -> tuple[Tensor, BrainState]:

@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.decode import DecodeOutput, decode
+from kernels.norm import add_norm
 from kernels.sample import SampleOutput, Sampling, sample
 from neurogen.brain.config import BrainConfig
-from neurogen.brain.regions import rms
+from neurogen.brain.regions import activation_dtype
 
 
 class Decoder(nn.Module):
@@ -22,11 +23,11 @@ class Decoder(nn.Module):
 
     def forward(self, broca_output: Tensor) -> Tensor:
         """`[..., D]` to logits `[..., V]`."""
-        return F.linear(rms(broca_output, self.eps), self.weight)
+        return F.linear(self._normed(broca_output, "reference"), self.weight)
 
     def loss(self, broca_output: Tensor, target_ids: Tensor, backend: str) -> DecodeOutput:
         """`[B, T, D]` and targets `[B, T]` to mean cross-entropy and arg-max hits."""
-        return decode(rms(broca_output, self.eps), self.weight, target_ids, backend=backend)
+        return decode(self._normed(broca_output, backend), self.weight, target_ids, backend=backend)
 
     def decode_and_sample(
         self,
@@ -40,9 +41,8 @@ class Decoder(nn.Module):
         backend: str = "reference",
     ) -> SampleOutput:
         """One position a lane, `[B, D]`, to a token drawn for each; see `kernels.sample` for the arguments."""
-        hidden = rms(broca_output, self.eps)
         return sample(
-            hidden,
+            self._normed(broca_output, backend),
             self.weight,
             sampling,
             seed=seed,
@@ -51,3 +51,6 @@ class Decoder(nn.Module):
             seen=seen,
             backend=backend,
         )
+
+    def _normed(self, broca_output: Tensor, backend: str) -> Tensor:
+        return add_norm(broca_output, eps=self.eps, out_dtype=activation_dtype(broca_output), backend=backend).normed

@@ -1,5 +1,8 @@
 """The regions' layers: `x += circuit(rms(x)); x += mlp(rms(x))`, with one circuit for cortex and one for memory.
 
+A layer is handed the workspace and its normalised form, and hands back the workspace and what its MLP adds to it: the
+addition is done together with the next reader's normalisation, in one pass over memory.
+
 Shape letters: B lanes, T tokens, D workspace width, C neurons a column, K columns, H heads, N head width.
 """
 
@@ -13,8 +16,10 @@ from torch import Tensor, nn
 from kernels.cortex import CortexState, cortex
 from kernels.gated_norm import gated_norm
 from kernels.memory import memory
+from kernels.norm import add_norm
 from kernels.precision import no_autocast
 from kernels.relay import relay
+from kernels.swiglu import swiglu
 from neurogen.brain.config import NUM_TAPS, BrainConfig
 from neurogen.brain.state import MemoryState
 
@@ -33,8 +38,10 @@ class Activity(NamedTuple):
     num_tokens: int
 
 
-def rms(x: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], eps=eps)
+def activation_dtype(x: Tensor) -> torch.dtype:
+    """The type projections work in: autocast's where it is on, otherwise the workspace's."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def full_precision_linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -68,9 +75,8 @@ class SwiGLU(nn.Module):
         self.in_proj = nn.Linear(config.embedding_dim, 2 * config.mlp_width, bias=False)
         self.out_proj = zero_linear(config.mlp_width, config.embedding_dim)
 
-    def forward(self, h: Tensor) -> Tensor:
-        gate, value = self.in_proj(h).chunk(2, dim=-1)
-        return self.out_proj(F.silu(gate) * value)
+    def forward(self, h: Tensor, backend: str) -> Tensor:
+        return self.out_proj(swiglu(self.in_proj(h), backend=backend))
 
 
 def zero_linear(in_features: int, out_features: int) -> nn.Linear:
@@ -104,21 +110,32 @@ class CortexLayer(nn.Module):
         return CortexState(*(torch.zeros(shape, dtype=dtype, device=self.decay_logit.device) for _ in range(3)))
 
     def forward(
-        self, x: Tensor, state: CortexState, document_start: Tensor | None, go: Tensor | None, backend: str
-    ) -> tuple[Tensor, CortexState, Activity]:
+        self,
+        x: Tensor,
+        h: Tensor,
+        state: CortexState,
+        document_start: Tensor | None,
+        go: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, CortexState, Activity]:
         """One layer over a sequence.
 
         Arguments:
             x: the workspace, `[B, T, D]`.
+            h: rms(x).
             state: before the first token.
             document_start: `[B, T]` bool or None.
             go: `[B, T, K]`, what the basal ganglia let each column write, or None for all.
             backend: which kernels run.
+
+        Returns:
+            The workspace with the circuit's output added, what the MLP adds to it, the next state and the activity.
         """
         config = self.config
-        drive, gate = self.in_proj(rms(x, config.norm_eps)).chunk(2, dim=-1)
+        bias = F.pad(self.drive_bias, (0, config.embedding_dim))
+        drive, gate = F.linear(h, self.in_proj.weight, bias).chunk(2, dim=-1)
         out = cortex(
-            drive + self.drive_bias.to(drive.dtype),
+            drive,
             self.lateral_weight,
             torch.sigmoid(self.decay_logit),
             state,
@@ -129,12 +146,10 @@ class CortexLayer(nn.Module):
             adaptation_decay=config.adaptation_decay,
             backend=backend,
         )
-        y = gated_norm(out.spikes, gate, group_size=config.column_width, eps=config.norm_eps, backend=backend)
-        if go is not None:
-            y = (y.unflatten(-1, (config.num_columns, -1)) * go.to(y.dtype).unsqueeze(-1)).flatten(-2)
-        x = x + self.out_proj(y)
-        x = x + self.mlp(rms(x, config.norm_eps))
-        return x, out.state, Activity(out.num_fired, out.num_saturated, x.shape[0] * x.shape[1])
+        y = gated_norm(out.spikes, gate, group_size=config.column_width, scale=go, eps=config.norm_eps, backend=backend)
+        x, h = add_norm(x, self.out_proj(y), eps=config.norm_eps, out_dtype=activation_dtype(x), backend=backend)
+        activity = Activity(out.num_fired, out.num_saturated, x.shape[0] * x.shape[1])
+        return x, self.mlp(h, backend), out.state, activity
 
 
 def _decay_logits(width: int) -> Tensor:
@@ -168,11 +183,10 @@ class MemoryLayer(nn.Module):
         return MemoryState(torch.zeros(shape, dtype=dtype, device=self.forget.weight.device))
 
     def forward(
-        self, x: Tensor, state: MemoryState, document_start: Tensor | None, backend: str
-    ) -> tuple[Tensor, MemoryState]:
-        """One layer over a sequence; x `[B, T, D]`, `document_start` `[B, T]` bool or None."""
+        self, x: Tensor, h: Tensor, state: MemoryState, document_start: Tensor | None, backend: str
+    ) -> tuple[Tensor, Tensor, MemoryState]:
+        """One layer over a sequence; arguments and results as those of `CortexLayer.forward`."""
         config = self.config
-        h = rms(x, config.norm_eps)
         query, key, value, gate = self.in_proj(h).chunk(4, dim=-1)
         query, key, value = (z.unflatten(-1, (config.num_heads, -1)) for z in (query, key, value))
         read, fast_weight = memory(
@@ -189,9 +203,8 @@ class MemoryLayer(nn.Module):
             backend=backend,
         )
         y = gated_norm(read.flatten(-2), gate, group_size=config.head_width, eps=config.norm_eps, backend=backend)
-        x = x + self.out_proj(y)
-        x = x + self.mlp(rms(x, config.norm_eps))
-        return x, MemoryState(fast_weight)
+        x, h = add_norm(x, self.out_proj(y), eps=config.norm_eps, out_dtype=activation_dtype(x), backend=backend)
+        return x, self.mlp(h, backend), MemoryState(fast_weight)
 
 
 def _forget_logits(num_heads: int, half_lives: tuple[float, float]) -> Tensor:
@@ -211,6 +224,6 @@ class BasalGanglia(nn.Module):
         nn.init.zeros_(self.go.weight)
         nn.init.constant_(self.go.bias, INITIAL_GO_BIAS)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The workspace `[B, T, D]` to gates `[B, T, K]` in (0, 1)."""
-        return torch.sigmoid(full_precision_linear(self.go, rms(x, self.eps)))
+    def forward(self, h: Tensor) -> Tensor:
+        """The normalised workspace `[B, T, D]` to gates `[B, T, K]` in (0, 1)."""
+        return torch.sigmoid(full_precision_linear(self.go, h))

@@ -1,19 +1,32 @@
 """Modes by name."""
 
-from typing import Protocol
+from __future__ import annotations
 
+from typing import TYPE_CHECKING, Protocol
+
+import torch
 from torch import Tensor
 
-from neurogen.brain import Brain, BrainOutput, BrainState, TokenEmbedding
+from kernels.decode import DecodeOutput
+from kernels.sample import SampleOutput, Sampling
+from neurogen.brain import Brain, BrainOutput, BrainState, Decoder, TokenEmbedding
 from neurogen.errors import UserError
+from neurogen.modes.fused import FusedMode
+from neurogen.modes.naive import NaiveMode
+from neurogen.modes.pointer import PointerMode
+from neurogen.modes.preallocated import PreallocatedMode
 from neurogen.modes.unfused import UnfusedMode
 
-MODES = ("naive", "pointer", "preallocated", "unfused", "fused")
-_BUILT = {"unfused": UnfusedMode}
+if TYPE_CHECKING:
+    from neurogen.generation import Generation, Request
+    from neurogen.model import NeuroGen
 
 
 class Mode(Protocol):
-    """A way to run a sequence; every mode gives the same outputs, gradients and tokens."""
+    """A way to run a sequence; every mode gives the same outputs, gradients and tokens.
+
+    What each does with the host, a sequence of T tokens, is in its own docstring.
+    """
 
     name: str
     backend: str
@@ -29,22 +42,50 @@ class Mode(Protocol):
         """Run `input_ids` `[B, T]` from `state`; see `Brain.forward`."""
         ...
 
+    def loss(self, decoder: Decoder, broca_output: Tensor, target_ids: Tensor) -> DecodeOutput:
+        """Loss and accuracy of `[B, T, D]` against targets `[B, T]`; see `Decoder.loss`."""
+        ...
+
+    def draw(
+        self,
+        decoder: Decoder,
+        broca_output: Tensor,
+        sampling: Sampling,
+        *,
+        seed: int,
+        lanes: Tensor,
+        positions: Tensor,
+        seen: Tensor | None,
+    ) -> SampleOutput:
+        """A token for each lane of `[B, D]`; see `Decoder.decode_and_sample`."""
+        ...
+
+    def generate(self, model: NeuroGen, request: Request) -> Generation:
+        """Continue the request's prompts."""
+        ...
+
+
+_BY_NAME: dict[str, type[Mode]] = {
+    mode.name: mode for mode in (NaiveMode, PointerMode, PreallocatedMode, UnfusedMode, FusedMode)
+}
+
+
+MODES = tuple(_BY_NAME)
+
 
 def resolve_mode(name: str) -> str:
-    """The mode a name stands for; `auto` is the fastest one there is.
+    """The mode a name stands for; `auto` is fused where there is a CUDA GPU, and unfused elsewhere.
 
     Raises:
-        UserError: the name is unknown, or that mode is not built yet.
+        UserError: the name is unknown.
     """
     if name == "auto":
-        return "unfused"
+        return "fused" if torch.cuda.is_available() else "unfused"
     if name not in MODES:
         raise UserError(f"mode is {name!r}; choose one of auto, {', '.join(MODES)}")
-    if name not in _BUILT:
-        raise UserError(f"mode={name} is not built yet; use mode={' or mode='.join(_BUILT)}")
     return name
 
 
 def make_mode(name: str) -> Mode:
     """The mode called `name`; raises UserError as `resolve_mode` does."""
-    return _BUILT[resolve_mode(name)]()
+    return _BY_NAME[resolve_mode(name)]()

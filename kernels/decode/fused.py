@@ -1,0 +1,193 @@
+"""Linear decoder, cross-entropy and arg-max without `[N, V]` logits, for N tokens.
+
+The gradient of the mean loss is known up to its upstream factor as soon as the logits are, so loss and gradients are
+made together and the logits are computed once: 6 N V D operations, where recomputing logits in the backward pass
+would need 8. Rows are taken in chunks. For each, torch makes the logits, one launch replaces them by
+the gradient, and two products carry that into hidden states and weight; the backward pass multiplies by the upstream
+factor. At V = 50257, D = 1536 in bfloat16 a chunk of 2048 rows is 0.95 TFLOP of products against 0.6 GB of passes over
+its logits, so the products decide.
+
+A row of logits is padded to a multiple of 64: products are slow when rows of a result do not start on 16 bytes.
+"""
+
+import kernels.launch  # noqa: F401, I001  before triton: it chooses the interpreter
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from kernels.decode.reference import IGNORE_INDEX, DecodeOutput
+from kernels.decode.rows import PITCH_MULTIPLE, launch_rows, scale_
+from kernels.launch import INTERPRETED, check_launchable
+
+LOGITS_BYTES = 208 * 2**20  # most that a chunk's logits may take: 2048 rows at V = 50257 in bfloat16
+WORKING_BYTES = 256 * 2**20  # and together with a rounded copy of the weight
+_CHUNK_MULTIPLE = 128
+# Whether training on a Hopper GPU takes `kernels.decode.one_launch` instead of torch's products.
+ONE_LAUNCH = False
+# Before torch 2.10 products of half-precision matrices cannot be added to a float32 matrix in one call; there, each
+# chunk's product is rounded to the matrices' type before it is added.
+_ADDS_TO_FLOAT32 = TorchVersion(torch.__version__) >= "2.10"
+
+
+def chunk_rows(num_rows: int, row_bytes: int, weight_copy_bytes: int = 0) -> int:
+    """Rows of logits to work on at a time: as few equal chunks as the limits above allow."""
+    fitting = min(LOGITS_BYTES, WORKING_BYTES - weight_copy_bytes) // row_bytes
+    most = max(fitting // _CHUNK_MULTIPLE, 1) * _CHUNK_MULTIPLE
+    num_chunks = -(-num_rows // most)
+    return -(-num_rows // (num_chunks * _CHUNK_MULTIPLE)) * _CHUNK_MULTIPLE
+
+
+@torch.library.custom_op("neurogen::decode_forward", mutates_args=())
+def decode_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    ignore_index: int,
+    hidden_needs_grad: bool,
+    weight_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, hits and number of targets, and the gradients of the loss `[N, D]` and `[V, D]` (empty unless needed)."""
+    num_rows, vocab_size = hidden.shape[0], weight.shape[0]
+    num_targets = (target_ids != ignore_index).sum()
+    loss_rows = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
+    correct_rows = torch.empty(num_rows, dtype=torch.int32, device=hidden.device)
+    grad_hidden = torch.empty(hidden.shape if hidden_needs_grad else (0,), dtype=hidden.dtype, device=hidden.device)
+    grad_weight = torch.empty(weight.shape if weight_needs_grad else (0,), dtype=weight.dtype, device=hidden.device)
+    if num_rows == 0:
+        return loss_rows.sum(), correct_rows.sum(), num_targets, grad_hidden, grad_weight.zero_()
+
+    hidden, target_ids = hidden.contiguous(), target_ids.contiguous()
+    rounded = weight.to(hidden.dtype)
+    copy_bytes = 0 if rounded is weight else rounded.nbytes
+    pitch = -(-vocab_size // PITCH_MULTIPLE) * PITCH_MULTIPLE
+    rows_at_a_time = chunk_rows(num_rows, pitch * hidden.element_size(), copy_bytes)
+    buffer = torch.empty(rows_at_a_time, pitch, dtype=hidden.dtype, device=hidden.device)
+    if hidden_needs_grad and weight_needs_grad and _runs_in_one_launch(hidden):
+        from kernels.decode.one_launch import launch_whole  # needs Triton 3.4
+
+        launch_whole(
+            hidden,
+            rounded.contiguous(),
+            target_ids,
+            num_targets,
+            buffer,
+            loss_rows,
+            correct_rows,
+            grad_hidden,
+            grad_weight,
+            ignore_index=ignore_index,
+        )
+        loss = loss_rows.sum() / num_targets.clamp_min(1)
+        return loss, correct_rows.sum(), num_targets, grad_hidden, grad_weight
+    for first in range(0, num_rows, rows_at_a_time):
+        rows = slice(first, min(first + rows_at_a_time, num_rows))
+        padded = buffer[: rows.stop - first]
+        logits = padded[:, :vocab_size]
+        torch.mm(hidden[rows], rounded.t(), out=logits)
+        launch_rows(
+            padded,
+            target_ids[rows],
+            num_targets,
+            loss_rows[rows],
+            correct_rows[rows],
+            vocab_size=vocab_size,
+            ignore_index=ignore_index,
+            write_gradient=hidden_needs_grad or weight_needs_grad,
+        )
+        if hidden_needs_grad:
+            torch.mm(logits, rounded, out=grad_hidden[rows])
+        if weight_needs_grad:
+            _add_product(grad_weight, logits.t(), hidden[rows], is_first=first == 0)
+    loss = loss_rows.sum() / num_targets.clamp_min(1)
+    return loss, correct_rows.sum(), num_targets, grad_hidden, grad_weight
+
+
+def _runs_in_one_launch(hidden: Tensor) -> bool:
+    aligned = hidden.shape[1] * hidden.element_size() % 16 == 0
+    if INTERPRETED:
+        return ONE_LAUNCH and aligned
+    on_tensor_cores = hidden.dtype == torch.bfloat16 and torch.cuda.get_device_capability(hidden.device)[0] == 9
+    return ONE_LAUNCH and aligned and on_tensor_cores
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
+    """total += a b, or total = a b at first; summed and stored in total's type."""
+    if total.dtype == a.dtype:
+        torch.mm(a, b, out=total) if is_first else total.addmm_(a, b)
+    elif a.device.type == "cuda" and _ADDS_TO_FLOAT32:
+        if is_first:
+            torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
+        else:
+            torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    else:
+        product = torch.mm(a, b)
+        total.copy_(product) if is_first else total.add_(product)
+
+
+@decode_forward.register_fake
+def _(hidden, weight, target_ids, ignore_index, hidden_needs_grad, weight_needs_grad):  # type: ignore[no-untyped-def]
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        target_ids.new_empty(()),
+        target_ids.new_empty(()),
+        hidden.new_empty(hidden.shape if hidden_needs_grad else (0,)),
+        weight.new_empty(weight.shape if weight_needs_grad else (0,)),
+    )
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    _, _, num_targets, grad_hidden, grad_weight = output
+    ctx.mark_non_differentiable(output[1], num_targets, grad_hidden, grad_weight)
+    ctx.save_for_backward(grad_hidden, grad_weight)
+    ctx.hidden_needs_grad, ctx.weight_needs_grad = inputs[4], inputs[5]
+
+
+def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+    # In place: a second backward through the same loss is refused by autograd's version check, not scaled twice.
+    grad_hidden, grad_weight = ctx.saved_tensors
+    if ctx.hidden_needs_grad:
+        scale_(grad_hidden, grad_loss)
+    if ctx.weight_needs_grad:
+        scale_(grad_weight, grad_loss)
+    return (
+        grad_hidden if ctx.hidden_needs_grad else None,
+        grad_weight if ctx.weight_needs_grad else None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+decode_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def decode_fused(
+    hidden: Tensor, weight: Tensor, target_ids: Tensor, *, ignore_index: int = IGNORE_INDEX
+) -> DecodeOutput:
+    """`decode_reference` without logits of all tokens at a time; arguments and results as there.
+
+    The gradients are made with the loss and handed out by the backward pass, so a loss can be differentiated once.
+    Products are in hidden's type with float32 sums; a weight of another type is rounded to it, and its gradient is
+    summed in its own. A bfloat16 weight's gradient is rounded once a chunk of rows: for many tokens keep the weight in
+    float32. float32 products follow `torch.backends.cuda.matmul`, where TF32 is off by default.
+
+    A target outside `[0, V)` other than `ignore_index`, which the reference rejects, makes loss and gradients NaN: a
+    launch cannot raise without a synchronisation.
+
+    Raises:
+        ValueError: the tensors are not all on one device that fused kernels run on, or are float64.
+    """
+    check_launchable("decode", hidden, weight, target_ids)
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    recorded = torch.is_grad_enabled()
+    loss, num_correct, num_targets, _, _ = decode_forward(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        target_ids.reshape(-1),
+        ignore_index,
+        recorded and hidden.requires_grad,
+        recorded and weight.requires_grad,
+    )
+    return DecodeOutput(loss, num_correct, num_targets)

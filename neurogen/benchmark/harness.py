@@ -1,0 +1,218 @@
+"""Time several ways of doing one thing, interleaved, and keep the figures.
+
+A contender is prepared, checked against a float64 reference where it computes the same function, warmed up, and
+then takes turns with the others, so that a drift of the machine touches all alike. One that cannot run becomes a
+row with its error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FLUSH_BYTES = 256 << 20  # several times any L2 cache
+PACKAGES = (
+    "torch",
+    "triton",
+    "flash-linear-attention",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "flashrnn",
+    "spikingjelly",
+)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way of doing the work.
+
+    Arguments:
+        provider: its name in the tables.
+        prepare: from the device to a function that does the work once; raises where it cannot run.
+        error: from the device to norm(out - reference)/norm(reference) on the same shapes, or None where the contender
+            computes another function (a peer's nearest equivalent).
+        limit: the largest error with which its time is reported.
+    """
+
+    provider: str
+    prepare: Callable[[torch.device], Callable[[], Any]]
+    error: Callable[[torch.device], float] | None = None
+    limit: float = 2e-2
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: seconds, and bytes of memory above what was there before; `failure` says why there is none."""
+
+    suite: str
+    op: str
+    provider: str
+    shape: dict[str, int | str]
+    dtype: str
+    median: float | None = None
+    p20: float | None = None
+    p80: float | None = None
+    num_runs: int = 0
+    peak_bytes: int | None = None
+    error: float | None = None
+    failure: str | None = None
+    extra: dict[str, float] = field(default_factory=dict)
+    machine: dict[str, str] = field(default_factory=dict)
+
+
+def machine_facts() -> dict[str, str]:
+    """Device, versions and commit, as every row carries them."""
+    facts = {"python": platform.python_version(), "device": platform.processor() or platform.machine()}
+    if torch.cuda.is_available():
+        facts["device"] = torch.cuda.get_device_name()
+        facts["cuda"] = str(torch.version.cuda)
+    for package in PACKAGES:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    commit = os.environ.get("NEUROGEN_COMMIT")  # where the code runs from a copy without its history
+    if commit is None:
+        git = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() or "unknown"
+    return facts | {"commit": commit}
+
+
+def compare(
+    suite: str,
+    op: str,
+    contenders: Sequence[Contender],
+    *,
+    shape: dict[str, int | str],
+    dtype: str,
+    device: torch.device,
+    seconds: float = 1.0,
+    min_rounds: int = 10,
+    extra: Callable[[float], dict[str, float]] | None = None,
+) -> list[Row]:
+    """Check, then time all contenders in turns.
+
+    Arguments:
+        seconds: of timing for each contender, roughly.
+        min_rounds: turns each gets at least.
+        extra: derived figures from a median time in seconds, such as TFLOP/s.
+
+    Returns:
+        A row a contender, failures included, in the order given.
+    """
+    machine = machine_facts()
+    rows: dict[str, Row] = {}
+    ready: dict[str, Callable[[], Any]] = {}
+    errors: dict[str, float | None] = {}
+    peaks: dict[str, int | None] = {}
+
+    def fail(provider: str, why: str) -> None:
+        rows[provider] = Row(suite, op, provider, shape, dtype, failure=why, machine=machine)
+
+    for contender in contenders:
+        name = contender.provider
+        # Whatever a peer raises is its result: the others are still to be measured.
+        try:
+            errors[name] = None if contender.error is None else contender.error(device)
+            error = errors[name]
+            if error is not None and not error <= contender.limit:
+                fail(name, f"wrong: relative error {error:.1e}, limit {contender.limit:.0e}")
+                continue
+            work = contender.prepare(device)
+            work()  # compiles
+            peaks[name] = _peak_bytes(work, device)
+            ready[name] = work
+        except Exception as error:
+            fail(name, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}")
+
+    times: dict[str, list[float]] = {name: [] for name in ready}
+    if ready:
+        once = {name: _time(work, device) for name, work in ready.items()}
+        num_rounds = max(min_rounds, int(seconds / max(max(once.values()), 1e-9)))
+        for _ in range(min(num_rounds, 1000)):
+            for name, work in ready.items():
+                times[name].append(_time(work, device))
+    for name, measured in times.items():
+        p20, median, p80 = (_quantile(measured, q) for q in (0.2, 0.5, 0.8))
+        rows[name] = Row(
+            suite,
+            op,
+            name,
+            shape,
+            dtype,
+            median=median,
+            p20=p20,
+            p80=p80,
+            num_runs=len(measured),
+            peak_bytes=peaks[name],
+            error=errors[name],
+            extra={} if extra is None else extra(median),
+            machine=machine,
+        )
+    return [rows[contender.provider] for contender in contenders]
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Put rows into a result file; an older row of the same suite, op, provider, shape, type and device gives way."""
+    kept: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        shape = tuple(sorted(row["shape"].items()))
+        return row["suite"], row["op"], row["provider"], shape, row["dtype"], row["machine"].get("device")
+
+    new = [asdict(row) for row in rows]
+    replaced = {key(row) for row in new}
+    kept = [row for row in kept if key(row) not in replaced] + new
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(kept, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def _quantile(values: list[float], q: float) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(q))
+
+
+def _time(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, the L2 cache cold on a GPU."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    _flush(device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+_scratch: dict[torch.device, torch.Tensor] = {}
+
+
+def _flush(device: torch.device) -> None:
+    if device not in _scratch:
+        _scratch[device] = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    _scratch[device].zero_()
+
+
+def _peak_bytes(work: Callable[[], Any], device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

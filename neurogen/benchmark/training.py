@@ -1,0 +1,117 @@
+"""The training suite: whole train steps of ours, mode by mode, and of a compiled GPT of equal parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neurogen.baselines import GPT, GPTConfig
+from neurogen.benchmark.harness import Contender
+from neurogen.benchmark.kernels import Case
+from neurogen.brain import BrainConfig
+from neurogen.model import NeuroGen
+from neurogen.training.graph import capture
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model size and a batch; `gpt_layers` gives the GPT about as many parameters."""
+
+    name: str
+    brain: BrainConfig
+    gpt: GPTConfig
+    vocab_size: int
+    lanes: int
+    tokens: int
+
+
+def workloads(*, small: bool) -> Iterator[Workload]:
+    """The shapes of the published targets, or with `small` one that a CPU can do, to test the suite itself."""
+    if small:
+        yield Workload("test", BrainConfig(32, 16, 16), GPTConfig(32, 2, 16), 67, 2, 6)
+        return
+    base = BrainConfig(1536, 128, 128, 1, 2, 2, 1)
+    small_brain = BrainConfig(512, 64, 64, 1, 2, 2, 1)
+    gpt_base, gpt_small = GPTConfig(1536, 6, 128), GPTConfig(512, 6, 64)
+    yield Workload("base", base, gpt_base, 50257, 32, 1024)
+    yield Workload("base, one sequence", base, gpt_base, 50257, 1, 500)
+    yield Workload("small", small_brain, gpt_small, 257, 64, 512)
+
+
+def cases(*, small: bool) -> Iterator[Case]:
+    dtype = torch.float32 if small else torch.bfloat16
+    for work in workloads(small=small):
+        tokens = work.lanes * work.tokens
+        flops = NeuroGen(work.brain, vocab_size=work.vocab_size).flops_per_token() * tokens
+        contenders = [
+            Contender(f"neurogen {mode}{', CUDA graph' if graph else ''}", _brain_step(work, mode, dtype, graph=graph))
+            for mode, graph in (("fused", True), ("fused", False), ("unfused", False))
+        ]
+        contenders.append(Contender("GPT, torch.compile", _gpt_step(work, dtype)))
+        yield Case(
+            f"train step, {work.name}",
+            {"B": work.lanes, "T": work.tokens, "D": work.brain.embedding_dim, "V": work.vocab_size},
+            dtype,
+            contenders,
+            _rates(tokens, flops),
+        )
+
+
+def _rates(tokens: int, flops: int) -> Callable[[float], dict[str, float]]:
+    # The FLOPs are our model's: for the GPT's row only tokens per second mean something.
+    return lambda seconds: {"tokens_per_second": tokens / seconds, "model_tflops": flops / seconds / 1e12}
+
+
+def _brain_step(
+    work: Workload, mode: str, dtype: torch.dtype, *, graph: bool
+) -> Callable[[torch.device], Callable[[], Any]]:
+    def prepare(device: torch.device) -> Callable[[], Any]:
+        torch.manual_seed(0)
+        model = NeuroGen(work.brain, vocab_size=work.vocab_size, mode=mode).to(device)
+        state = model.init_state(work.lanes)
+
+        def loss(input_ids: Tensor, target_ids: Tensor) -> Tensor:
+            out = model(input_ids, state, target_ids=target_ids)
+            assert out.loss is not None
+            return out.loss
+
+        step = _update(model, loss, work, device, dtype)
+        return capture(step, device) if graph else step
+
+    return prepare
+
+
+def _gpt_step(work: Workload, dtype: torch.dtype) -> Callable[[torch.device], Callable[[], Any]]:
+    def prepare(device: torch.device) -> Callable[[], Any]:
+        torch.manual_seed(0)
+        model = GPT(work.gpt, vocab_size=work.vocab_size).to(device)
+        compiled = torch.compile(model) if device.type == "cuda" else model
+        return _update(model, compiled, work, device, dtype)
+
+    return prepare
+
+
+def _update(
+    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], work: Workload, device: torch.device, dtype: torch.dtype
+) -> Callable[[], None]:
+    """Forward, backward, clipping and a fused AdamW on one fixed batch."""
+    parameters = list(model.parameters())
+    on_gpu = device.type == "cuda"
+    # At rate zero the batch stays as hard as it was, and a recorded step may be run any number of times.
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), fused=on_gpu, capturable=on_gpu)
+    ids = torch.randint(0, work.vocab_size, (work.lanes, work.tokens + 1), device=device)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        # The cache of cast weights would be filled while recording and hold freed memory afterwards.
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
+            value = loss(ids[:, :-1], ids[:, 1:])
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    return step

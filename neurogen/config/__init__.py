@@ -1,0 +1,1 @@
+"""The configuration: typed, composed from conf/ by Hydra, checked in one place."""

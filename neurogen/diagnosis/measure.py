@@ -1,0 +1,146 @@
+"""What one mode costs on one sequence."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neurogen.diagnosis.clock import StageClock
+from neurogen.diagnosis.counters import Counts, count
+from neurogen.diagnosis.usage import UsageMeter
+from neurogen.model import NeuroGen
+
+TASKS = ("train", "generate")
+WARM_UP_TOKENS = 4
+TIMED_SECONDS = (
+    2.0  # runs are repeated until they took this long, so that the driver's reports of GPU use mean something
+)
+
+
+@dataclass(frozen=True)
+class ModeCost:
+    """One mode at one task.
+
+    Arguments:
+        mode, task: names.
+        lanes, tokens: shape of the sequence.
+        seconds: median of `num_runs` runs; wall time, the device's work included.
+        stage_seconds: where the time of another, clocked run went; the stages add up to `clocked_seconds`.
+        cpu_percent: over all of those runs; 100 is one core.
+        gpu_percent, gpu_memory_bytes: None without a GPU.
+        counts: of one run of `counted_tokens` tokens a lane.
+        counts_of_half: of one run of half as many, rounded down: what a further token costs is the difference.
+    """
+
+    mode: str
+    task: str
+    lanes: int
+    tokens: int
+    seconds: float
+    num_runs: int
+    clocked_seconds: float
+    stage_seconds: dict[str, float]
+    cpu_percent: float
+    gpu_percent: float | None
+    gpu_memory_bytes: int | None
+    counts: Counts
+    counts_of_half: Counts
+    counted_tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.lanes * self.tokens / self.seconds
+
+    @property
+    def churned_megabytes(self) -> float:
+        """Allocated on host and device in the whole sequence, 10^6 bytes; beyond the tokens counted, each is taken to
+        allocate as much as those of the second half did."""
+        whole, half = self.counts.churned_bytes, self.counts_of_half.churned_bytes
+        a_token = (whole - half) / (self.counted_tokens - self.counted_tokens // 2)
+        return (whole + a_token * (self.tokens - self.counted_tokens)) / 1e6
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, derived numbers included."""
+        return asdict(self) | {
+            "tokens_per_second": self.tokens_per_second,
+            "churned_megabytes": self.churned_megabytes,
+        }
+
+
+def measure_mode(
+    model: NeuroGen, mode: str, task: str, input_ids: Tensor, *, counted_tokens: int, bf16: bool = False
+) -> ModeCost:
+    """Warm up, time, clock by stage and count, each in runs of its own, so that no instrument is in another's figures.
+
+    Arguments:
+        model: on its device; its weights are trained a few steps by the task `train`.
+        mode: a mode's name.
+        task: one of TASKS. `train` is `NeuroGen.train_step`; `generate` continues the first id by T tokens and reads
+            them.
+        input_ids: `[B, T + 1]` int64 on the model's device.
+        counted_tokens: at most this many tokens are counted, since counting is slow.
+        bf16: run under torch.autocast in bfloat16.
+    """
+    model.set_mode(mode)
+    device, num_tokens = model.device, input_ids.shape[1] - 1
+    with precision(device, bf16=bf16):
+        work(model, task, input_ids[:, : WARM_UP_TOKENS + 1])()
+        whole = work(model, task, input_ids)
+        seconds, usage = _timed(whole, device)
+        with StageClock(device) as clock:
+            whole()
+        counted = min(num_tokens, counted_tokens)
+        counts, counts_of_half = (
+            count(work(model, task, input_ids[:, : length + 1]), device) for length in (counted, counted // 2)
+        )
+    return ModeCost(
+        mode=mode,
+        task=task,
+        lanes=input_ids.shape[0],
+        tokens=num_tokens,
+        seconds=statistics.median(seconds),
+        num_runs=len(seconds),
+        clocked_seconds=clock.total,
+        stage_seconds=clock.seconds,
+        cpu_percent=usage.cpu_percent,
+        gpu_percent=usage.gpu_percent,
+        gpu_memory_bytes=usage.gpu_memory_bytes,
+        counts=counts,
+        counts_of_half=counts_of_half,
+        counted_tokens=counted,
+    )
+
+
+def work(model: NeuroGen, task: str, input_ids: Tensor) -> Callable[[], object]:
+    """The task as a function of nothing."""
+    assert task in TASKS
+    if task == "train":
+        inputs, targets = input_ids[:, :-1], input_ids[:, 1:]
+        return lambda: model.train_step(inputs, targets)
+    prompt, num_new = input_ids[:, :1].cpu(), input_ids.shape[1] - 1
+    return lambda: model.generate(prompt, max_new_tokens=num_new).replies()
+
+
+@contextmanager
+def precision(device: torch.device, *, bf16: bool) -> Iterator[None]:
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+        yield
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> tuple[list[float], UsageMeter]:
+    seconds: list[float] = []
+    with UsageMeter(device) as meter:
+        while sum(seconds) < TIMED_SECONDS:
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - start)
+    return seconds, meter

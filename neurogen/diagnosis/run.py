@@ -1,0 +1,155 @@
+"""The diagnosis as scripts/diagnose.py runs it: measure, print, write."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from neurogen.brain import BrainConfig
+from neurogen.diagnosis.activity import measure_activity
+from neurogen.diagnosis.environment import describe_environment, missing_instruments
+from neurogen.diagnosis.measure import measure_mode, precision
+from neurogen.diagnosis.options import SIZES, Options
+from neurogen.diagnosis.plots import plot_activity, plot_modes
+from neurogen.diagnosis.tables import activity_table, cost_table, stage_table
+from neurogen.diagnosis.tokenization import measure_tokenization
+from neurogen.errors import UserError
+from neurogen.model import NeuroGen
+from neurogen.modes import resolve_mode
+
+DEFAULT_FOLDER = "runs/diagnosis"
+FORMAT = "neurogen-diagnosis-1"
+
+
+def diagnose(options: Options, console: Console | None = None) -> Path:
+    """Run what the options ask for and return the result file. Raises UserError for what cannot be run."""
+    console = console or Console()
+    device = options.torch_device()
+    folder = Path(options.out or DEFAULT_FOLDER)
+    result = {
+        "format": FORMAT,
+        "what": options.what,
+        "model": options.model,
+        "embedding_dim": SIZES[options.model].embedding_dim,
+        "precision": options.precision,
+        "environment": describe_environment(device),
+    }
+    measured = {"modes": _modes, "activity": _activity, "tokenization": _tokenization}[options.what](
+        options, device, folder, console
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{options.what}-{options.model}.json"
+    path.write_text(json.dumps(result | measured, indent=2) + "\n")
+    console.print(f"wrote {path}")
+    return path
+
+
+def _modes(options: Options, device: torch.device, folder: Path, console: Console) -> dict[str, Any]:
+    missing = missing_instruments(device)
+    modes = []
+    for name in options.modes:
+        try:
+            modes.append(resolve_mode(name))
+        except UserError as error:
+            if options.mode != "all":
+                raise
+            missing.append(str(error))
+    input_ids = make_ids(options, device)
+    rows = []
+    for task, mode in itertools.product(options.tasks, modes):
+        console.print(f"measuring {task} in mode {mode} ...")
+        cost = measure_mode(
+            make_model(SIZES[options.model], options, device),
+            mode,
+            task,
+            input_ids,
+            counted_tokens=options.counted_tokens,
+            bf16=options.precision == "bf16",
+        )
+        rows.append(cost.as_dict())
+    for task in options.tasks:
+        of_task = [row for row in rows if row["task"] == task]
+        console.print(cost_table(of_task, task))
+        console.print(stage_table(of_task, task))
+    for line in missing:
+        console.print(f"missing: {line}")
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = folder / f"modes-{options.model}.png"
+    plot_modes(rows, picture)
+    console.print(f"wrote {picture}")
+    return {"sequence": options.sequence, "lanes": options.lanes, "missing": missing, "rows": rows}
+
+
+def _activity(options: Options, device: torch.device, folder: Path, console: Console) -> dict[str, Any]:
+    model = make_model(SIZES[options.model], options, device)
+    text = _read_text(options)
+    ids = torch.tensor(list(text[: options.sequence]), dtype=torch.int64)
+    if int(ids.max()) >= options.vocab_size:
+        raise UserError(f"vocab_size is {options.vocab_size}; a text of bytes needs at least 256")
+    with precision(device, bf16=options.precision == "bf16"):
+        activity = measure_activity(model, ids)
+    console.print(activity_table(activity.as_dict()))
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = folder / f"activity-{options.model}.png"
+    plot_activity(activity, picture)
+    console.print(f"wrote {picture}")
+    return {"activity": activity.as_dict()}
+
+
+def _tokenization(options: Options, device: torch.device, folder: Path, console: Console) -> dict[str, Any]:
+    try:
+        from neurogen.data import DataConfig, LaneBatches, build_corpus
+    except ImportError as error:
+        raise UserError("what=tokenization needs neurogen.data, which this version does not have") from error
+    corpus = build_corpus(
+        DataConfig(
+            lanes=options.lanes,
+            window=options.sequence,
+            split="documents",
+            encoding_errors="skip",
+            empty_documents="skip",
+        )
+    )
+    model = NeuroGen(SIZES[options.model], vocab_size=corpus.tokenizer.vocab_size).to(device)
+    batches = LaneBatches(corpus.train, lanes=options.lanes, window=options.sequence, seed=options.seed)
+    with precision(device, bf16=options.precision == "bf16"):
+        rates = measure_tokenization(model, corpus.tokenizer, _read_text(options), iter(batches))
+    for name in ("tokenizer", "pipeline", "model"):
+        console.print(f"{name:>10}: {rates[name]:,.0f} tokens/s")
+    console.print(f"serving a batch takes {100 * rates['pipeline_share']:.2f} % of the time of training on it")
+    return {"tokenization": rates}
+
+
+def make_model(config: BrainConfig, options: Options, device: torch.device) -> NeuroGen:
+    """A new model with an optimiser that reads nothing on the host."""
+    torch.manual_seed(options.seed)
+    model = NeuroGen(config, vocab_size=options.vocab_size).to(device)
+    model.set_optimizer(torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
+    return model
+
+
+def make_ids(options: Options, device: torch.device) -> Tensor:
+    """`[B, T + 1]` ids drawn from the seed."""
+    generator = torch.Generator().manual_seed(options.seed)
+    shape = (options.lanes, options.sequence + 1)
+    return torch.randint(options.vocab_size, shape, generator=generator).to(device)
+
+
+def _read_text(options: Options) -> bytes:
+    if not options.text:
+        return inspect.getsource(textwrap).encode()
+    path = Path(options.text)
+    if not path.is_file():
+        raise UserError(f"text is {options.text}, and there is no such file")
+    text = path.read_bytes()
+    if not text:
+        raise UserError(f"text is {options.text}, and that file is empty")
+    return text

@@ -1,0 +1,105 @@
+"""How well a model predicts text it did not train on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from neurogen.data import Tokenizer, TokenStream, validation_batches
+from neurogen.data.batches import IGNORE
+from neurogen.training.precision import Precision
+
+if TYPE_CHECKING:
+    from neurogen.model import NeuroGen
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Totals of one pass over a text.
+
+    Arguments:
+        nats: summed cross-entropy; document-start targets (the end of a text) included.
+        num_targets, num_correct: targets, and those the arg-max hit.
+        num_bytes: bytes of text the targets stand for; a document start stands for none.
+    """
+
+    nats: float
+    num_targets: int
+    num_correct: int
+    num_bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats a token."""
+        return self.nats / self.num_targets
+
+    @property
+    def bits_per_byte(self) -> float:
+        """nats / ln 2 / bytes: comparable between tokenizers. nan for a text of no bytes."""
+        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), inf where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def accuracy(self) -> float:
+        """Share of targets that the arg-max hits."""
+        return self.num_correct / self.num_targets
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """`<prefix>/loss`, `/bpb`, `/perplexity` and `/accuracy`."""
+        return {
+            f"{prefix}/loss": self.loss,
+            f"{prefix}/bpb": self.bits_per_byte,
+            f"{prefix}/perplexity": self.perplexity,
+            f"{prefix}/accuracy": self.accuracy,
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    model: NeuroGen,
+    stream: TokenStream,
+    tokenizer: Tokenizer,
+    *,
+    lanes: int,
+    window: int,
+    precision: Precision,
+    max_tokens: int | None = None,
+    carry_state: bool = True,
+) -> Evaluation:
+    """Read `stream` once in lanes and sum up; the first `max_tokens` targets at most.
+
+    carry_state: hand each lane's state from window to window, as in training; otherwise every window starts from a
+    new one, which shows what the memory of earlier windows is worth. Synchronises once, at the end.
+    """
+    # A short text in many lanes would be mostly padding.
+    num_targets = min(len(stream) - 1, max_tokens or len(stream) - 1)
+    lanes = max(1, min(lanes, num_targets // window))
+    device = precision.device
+    bytes_of = torch.from_numpy(tokenizer.token_num_bytes())
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    targets = num_bytes = 0
+    state = None
+    for batch in validation_batches(stream, lanes=lanes, window=window, max_tokens=max_tokens):
+        valid = batch.target_ids[batch.target_ids != IGNORE]
+        part = batch.to(device)
+        with precision.autocast():
+            out = model(
+                part.input_ids,
+                state if carry_state else None,
+                document_start=part.document_start,
+                target_ids=part.target_ids,
+            )
+        state = out.state
+        nats += out.loss.double() * len(valid)
+        correct += out.num_correct
+        targets += len(valid)
+        num_bytes += int(bytes_of[valid].sum())
+    return Evaluation(float(nats), targets, int(correct), num_bytes)

@@ -1,0 +1,163 @@
+"""Optimisers: who is decayed, who is orthogonalised, and the state as flat tensors.
+
+Weight decay falls on weight matrices only. Biases, time constants and relay gains set operating points and have no
+reason to shrink; an embedding row is normalised right after its look-up, so its length means nothing and decay would
+only raise its effective rate (OLMo 2, arXiv 2501.00656, leaves embeddings out too).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from neurogen.errors import UserError
+from neurogen.training.muon import Muon
+
+if TYPE_CHECKING:
+    from neurogen.config.schema import AdamWConfig, MuonConfig
+
+HIDDEN, GATE, DECODER, OTHER = "hidden", "gate", "decoder", "other"
+GATES = ("forget", "write", "go")
+
+
+def parameter_role(name: str, param: Tensor) -> str:
+    """What a parameter is to an optimiser.
+
+    hidden: a matrix inside a region (lateral weights are batches of matrices); gate: the few rows that read a number a
+    head or a column off the workspace; decoder: the matrix to the vocabulary; other: embedding, relay gains, biases,
+    time constants and every other vector. All but `other` are decayed.
+    """
+    parts = name.split(".")
+    if param.ndim < 2 or parts[0] == "embedding" or parts[-1] == "taps":
+        return OTHER
+    if parts[0] == "decoder":
+        return DECODER
+    return GATE if len(parts) > 1 and parts[-2] in GATES else HIDDEN
+
+
+def num_stacked(name: str) -> int:
+    """How many matrices a parameter holds one above the other, such as query, key, value and gate."""
+    parts = name.split(".")
+    if parts[-2:] != ["in_proj", "weight"]:
+        return 1
+    in_memory = parts[1] in ("hippocampus", "pfc") and "mlp" not in parts
+    return 4 if in_memory else 2
+
+
+class ModelOptimizer:
+    """One or two torch optimisers over a model's parameters, stepped as one.
+
+    Every group keeps its peak rate; `set_rate_scale` moves all of them along the schedule. State is read and restored
+    under the names `<parameter>/<buffer>`, so a checkpoint does not depend on the order of groups.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+        self._names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+        self._peak_rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in optimizers]
+        self.rate_scale = 1.0
+        held = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
+        assert len(held) == len(set(held)) == len(self._names), "each parameter belongs to one group"
+
+    def set_rate_scale(self, scale: float) -> None:
+        """Set every group's learning rate to `scale` of its peak."""
+        self.rate_scale = scale
+        for optimizer, rates in zip(self.optimizers, self._peak_rates):
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * scale
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the first group."""
+        return float(self.optimizers[0].param_groups[0]["lr"])
+
+    def step(self, *, skip: Tensor) -> None:
+        """Update every parameter, or nothing at all (moments and step counts included) where the 0-d float `skip` is 1.
+
+        The decision is taken on the device: the host does not wait for it.
+        """
+        for optimizer in self.optimizers:
+            optimizer.found_inf = skip  # type: ignore[attr-defined]
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Every buffer by `<parameter>/<buffer>`: what exact continuation needs."""
+        return {
+            f"{self._names[param]}/{key}": value
+            for optimizer in self.optimizers
+            for param, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore `state_tensors()`. Raises UserError when the tensors are another model's or optimiser's."""
+        params = {name: param for param, name in self._names.items()}
+        owner = {
+            param: optimizer
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for param in group["params"]
+        }
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+        for full, tensor in tensors.items():
+            name, _, key = full.rpartition("/")
+            if name not in params:
+                raise UserError(f"the checkpoint's optimiser state has {full}, which this model does not; keep model.*")
+            param = params[name]
+            optimizer = owner[param]
+            expected = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+            if key not in expected:
+                raise UserError(
+                    f"the checkpoint's optimiser state has {full}, which is another optimiser's; keep optimizer.name"
+                )
+            if key != "step" and tensor.shape != param.shape:
+                raise UserError(
+                    f"the checkpoint's {full} has shape {tuple(tensor.shape)}, not {tuple(param.shape)}; keep model.*"
+                )
+            dtype = torch.float32 if key == "step" else param.dtype
+            optimizer.state[param][key] = tensor.detach().to(param.device, dtype, copy=True)
+
+
+def build_optimizer(model: nn.Module, config: AdamWConfig | MuonConfig) -> ModelOptimizer:
+    """The optimiser `config` names, over all parameters of `model`."""
+    named = list(model.named_parameters())
+    role = {param: parameter_role(name, param) for name, param in named}
+    kept = [param for _, param in named if role[param] == OTHER]
+    if config.name == "adamw":
+        return ModelOptimizer(model, [_adamw([p for _, p in named if role[p] != OTHER], kept, config, config.lr)])
+    assert config.name == "muon", config.name
+    hidden = [(name, param) for name, param in named if role[param] == HIDDEN]
+    muon = Muon(
+        [
+            {"params": [param for name, param in hidden if num_stacked(name) == count], "num_stacked": count}
+            for count in sorted({num_stacked(name) for name, _ in hidden})
+        ],
+        config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,  # type: ignore[union-attr]
+        nesterov=config.nesterov,  # type: ignore[union-attr]
+        num_iterations=config.num_iterations,  # type: ignore[union-attr]
+    )
+    rate: float | None = config.lr_rest  # type: ignore[union-attr]
+    decayed = [param for _, param in named if role[param] in (GATE, DECODER)]
+    return ModelOptimizer(model, [muon, _adamw(decayed, kept, config, config.lr if rate is None else rate)])
+
+
+def _adamw(
+    decayed: list[nn.Parameter], kept: list[nn.Parameter], config: AdamWConfig | MuonConfig, lr: float
+) -> torch.optim.AdamW:
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,  # one launch a dtype on CUDA, one loop on a CPU; and it can skip a step on the device
+    )

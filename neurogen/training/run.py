@@ -1,0 +1,113 @@
+"""A whole run, from its configuration to its exit code: what scripts/train.py does."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from neurogen.config.compose import config_to_dict
+from neurogen.data import build_corpus
+from neurogen.errors import UserError
+from neurogen.training.checkpoint import Checkpoint
+from neurogen.training.loggers import make_logger
+from neurogen.training.progress import make_progress
+from neurogen.training.recorder import Recorder
+from neurogen.training.resume import config_difference, prepare_run
+from neurogen.training.session import build_session
+from neurogen.training.signals import StopRequest
+from neurogen.training.trainer import INTERRUPTED, Trainer
+
+if TYPE_CHECKING:
+    from neurogen.config.schema import Config
+
+# Changing these would give the saved weights, moments or lanes another meaning; the data's position and text are
+# checked apart.
+FIXED_KEYS = (
+    "model.",
+    "data.tokenizer",
+    "data.vocab_size",
+    "data.batching",
+    "data.shuffle",
+    "data.lanes",
+    "optimizer.name",
+    "seed",
+)
+# Where a run is kept and how it was asked for say nothing about what it computes.
+PLACE_KEYS = ("run_dir", "resume")
+
+
+def train(config: Config) -> int:
+    """Train as configured; return the exit code: 0, 130 after Ctrl-C or 143 after SIGTERM (both saved).
+
+    Raises UserError for what the user can mend, before a run directory exists if it can be known by then.
+    """
+    seed_everything(config.seed)
+    set_arithmetic(config)
+    corpus = build_corpus(config.data)
+    session = build_session(config, corpus)
+    logger = make_logger(config.logger)
+    run, checkpoint = prepare_run(run_dir=config.run_dir, resume=config.resume, config=config_to_dict(config))
+    limits = {key: getattr(config.trainer, key) for key in ("max_steps", "max_tokens", "max_seconds")}
+    with run, StopRequest() as stop:
+        display = make_progress(**limits)
+        if checkpoint is not None:
+            for line in compare_configs(checkpoint, config_to_dict(config)):
+                display.say(line)
+            for name in session.restore(checkpoint):
+                display.say(f"warning: the {name} random generator could not be restored; draws from it will differ")
+            run.rewind(checkpoint.step)
+        if config.resume is not None:
+            run.write_config(config_to_dict(config))
+        with Recorder(session, run, logger, display, resumed=config.resume is not None) as recorder:
+            recorder.say(describe(session, run.path, checkpoint))
+            state, reason = Trainer(session, recorder).fit(stop)
+            saved = recorder.finish(state, reason=reason)
+        print(f"{state} at step {session.progress.step} ({reason}); saved {saved}", file=sys.stderr)
+        if state == INTERRUPTED:
+            print(f"continue with: python scripts/train.py resume={run.path}", file=sys.stderr)
+        return stop.exit_code
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every global random generator."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def set_arithmetic(config: Config) -> None:
+    """Set torch's process-wide switches: TF32 off unless bfloat16 was good enough anyway, deterministic kernels if
+    asked for."""
+    exact = config.trainer.dtype in ("float32", "float64")
+    torch.set_float32_matmul_precision("highest" if exact else "high")
+    if config.trainer.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(config.trainer.deterministic)
+
+
+def compare_configs(checkpoint: Checkpoint, config: dict[str, Any]) -> list[str]:
+    """One line a setting that differs from the checkpoint's. Raises UserError for one that must not."""
+    lines = []
+    for key, (old, new) in config_difference(checkpoint.metadata["config"], config).items():
+        if key in PLACE_KEYS:
+            continue
+        if key.startswith(FIXED_KEYS):
+            raise UserError(
+                f"{key}={new}: the run to resume has {key}={old}, and its checkpoint means nothing otherwise; keep it"
+            )
+        lines.append(f"changed since the checkpoint: {key}: {old} -> {new}")
+    return lines
+
+
+def describe(session: Any, path: Any, checkpoint: Checkpoint | None) -> str:
+    """One line at the start: what trains, on what, where."""
+    start = "from the start" if checkpoint is None else f"from step {checkpoint.step}"
+    return (
+        f"{session.model.num_parameters():,} parameters, mode={session.model.mode.name}, {session.precision.name} on "
+        f"{session.precision.device}, {len(session.corpus.train):,} training tokens; {path} {start}"
+    )

@@ -1,0 +1,173 @@
+"""What a run is made of at one moment, and how that moment is saved and restored.
+
+A session restored from a checkpoint takes the same steps as one that never stopped: parameters, optimiser, brain
+state of every lane, position in the data, random generators, and the averages of an unfinished logging interval.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from neurogen.brain import BrainState
+from neurogen.config.compose import config_to_dict
+from neurogen.data import Batches, Corpus, make_batches
+from neurogen.data.config import default_cache_dir
+from neurogen.errors import UserError
+from neurogen.model import NeuroGen
+from neurogen.modes.select import select_mode
+from neurogen.training.checkpoint import Checkpoint
+from neurogen.training.meter import Meter
+from neurogen.training.optimizer import ModelOptimizer, build_optimizer
+from neurogen.training.precision import Precision, resolve_device
+from neurogen.training.rng import capture_rng, restore_rng
+from neurogen.training.schedule import Progress
+
+if TYPE_CHECKING:
+    from neurogen.config.schema import Config
+
+BRAIN, METER = "brain/", "meter/"
+
+
+@dataclass
+class Session:
+    """Everything that changes while a run trains, and the corpus it reads.
+
+    states: the brain's state of each part of the lanes (see Update); None where windows are independent or nothing
+    was read yet.
+    """
+
+    config: Config
+    corpus: Corpus
+    precision: Precision
+    model: NeuroGen
+    optimizer: ModelOptimizer
+    batches: Batches
+    meter: Meter
+    progress: Progress = field(default_factory=Progress)
+    states: list[BrainState | None] = field(default_factory=list)
+
+    @property
+    def carries_state(self) -> bool:
+        """Whether lanes go on from window to window (truncated back-propagation through time)."""
+        return self.config.data.batching == "lanes"
+
+    @property
+    def starts_documents(self) -> bool:
+        """Whether the training text marks where documents start."""
+        return self.corpus.train.document_start_id is not None
+
+    def checkpoint_arguments(self) -> dict[str, Any]:
+        """The keyword arguments of save_checkpoint, all but the directory and the score."""
+        meter_tensors, meter_names = self.meter.state()
+        state_tensors = {METER + name: tensor for name, tensor in meter_tensors.items()}
+        if self.carries_state and None not in self.states:
+            whole = BrainState.cat([state for state in self.states if state is not None])
+            state_tensors |= {BRAIN + name: tensor for name, tensor in whole.tensors().items()}
+        return {
+            "step": self.progress.step,
+            "model_tensors": dict(self.model.state_dict()),
+            "optimizer_tensors": self.optimizer.state_tensors(),
+            "state_tensors": state_tensors,
+            "metadata": {
+                "tokens": self.progress.tokens,
+                "seconds": self.progress.seconds,
+                "config": config_to_dict(self.config),
+                "data_position": self.batches.state_dict(),
+                "data_fingerprint": self.corpus.fingerprint,
+                "tokenizer_fingerprint": self.corpus.tokenizer.fingerprint,
+                "vocab_size": self.model.vocab_size,
+                "starts_documents": self.starts_documents,
+                "meter_names": meter_names,
+                "rng": capture_rng(),
+            },
+            "tokenizer": self.corpus.tokenizer,
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> list[str]:
+        """Become what was saved; return the names of random generators that could not be restored.
+
+        Raises UserError where that would corrupt the run: another vocabulary, corpus, model, optimiser or shape of
+        the lanes.
+        """
+        saved = checkpoint.metadata
+        if saved["tokenizer_fingerprint"] != self.corpus.tokenizer.fingerprint:
+            raise UserError(
+                f"data.tokenizer: this data's vocabulary ({self.corpus.tokenizer.vocab_size} ids) is not the one "
+                f"{checkpoint.path} was trained with ({saved['vocab_size']} ids); resume with the same data"
+            )
+        if saved["data_fingerprint"] != self.corpus.fingerprint:
+            raise UserError(
+                f"data: the text is not the one {checkpoint.path} was trained on; give the same files, or start anew"
+            )
+        load_weights(self.model, checkpoint)
+        self.optimizer.load_state_tensors(checkpoint.optimizer_tensors.load())
+        self.batches.load_state_dict(saved["data_position"])
+        self.progress = Progress(checkpoint.step, int(saved["tokens"]), float(saved["seconds"]))
+        tensors = checkpoint.state_tensors.load(device=str(self.precision.device))
+        self.meter.load_state(_under(METER, tensors), list(saved["meter_names"]))
+        brain = _under(BRAIN, tensors)
+        if self.carries_state and brain:
+            self.states = self._divide(BrainState.from_tensors(brain))
+        return restore_rng(saved["rng"])
+
+    def _divide(self, whole: BrainState) -> list[BrainState | None]:
+        """The lanes of a state in as many parts as a step takes."""
+        lanes = self.config.data.lanes
+        whole.check_fits(self.model.init_state(lanes))
+        return [whole.select(part.tolist()) for part in torch.arange(lanes).chunk(self.config.trainer.accumulation)]
+
+
+def build_session(config: Config, corpus: Corpus) -> Session:
+    """A new session at step 0. Raises UserError for a mode, device or size that cannot be had."""
+    device = resolve_device(config.trainer.device)
+    precision = Precision.resolve(device, config.trainer.dtype)
+    mode = select_mode(
+        config.mode.name,
+        config.model,
+        device,
+        precision.activations,
+        cache_dir=Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir(),
+        on_canary_failure=config.mode.on_canary_failure,
+    )
+    batches = make_batches(corpus.train, config.data, seed=config.seed)
+    torch.manual_seed(config.seed)
+    model = NeuroGen(config.model, vocab_size=corpus.tokenizer.vocab_size, mode=mode)
+    precision.place(model)
+    states: list[BrainState | None] = [None] * config.trainer.accumulation
+    return Session(
+        config,
+        corpus,
+        precision,
+        model,
+        build_optimizer(model, config.optimizer),
+        batches,
+        Meter(device),
+        states=states,
+    )
+
+
+def load_weights(model: NeuroGen, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's parameters into a model of the same shape. Raises UserError, naming the tensor, if one does
+    not fit."""
+    own: dict[str, Tensor] = dict(model.state_dict())
+    saved = checkpoint.model_tensors
+    for name in sorted(own.keys() ^ set(saved)):
+        where = "the checkpoint lacks" if name in own else "the model has no"
+        raise UserError(f"{checkpoint.path}: {where} {name}; use the checkpoint's own model.* settings")
+    for name, tensor in saved.load().items():
+        if own[name].shape != tensor.shape:
+            raise UserError(
+                f"{checkpoint.path}: {name} has shape {tuple(tensor.shape)}, the model "
+                f"{tuple(own[name].shape)}; use the checkpoint's own model.* settings and tokenizer"
+            )
+        with torch.no_grad():
+            own[name].copy_(tensor)
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

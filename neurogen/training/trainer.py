@@ -1,0 +1,208 @@
+"""The training loop: windows in, updates out, and a look at the model now and then.
+
+What happens at which step depends on the configuration and the step alone, so a resumed run falls in with the one it
+continues.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from neurogen.errors import UserError
+from neurogen.training.evaluation import evaluate
+from neurogen.training.flops import model_flops_utilization, peak_memory_bytes
+from neurogen.training.recorder import Recorder
+from neurogen.training.samples import sample_texts
+from neurogen.training.schedule import learning_rate_scale, run_share
+from neurogen.training.session import Session
+from neurogen.training.signals import StopRequest
+from neurogen.training.stopwatch import Stopwatch
+from neurogen.training.update import Update, split_batch
+
+FINISHED, INTERRUPTED = "finished", "interrupted"
+# What the progress display shows of a row, and under which name.
+SHOWN = {
+    "train/loss": "loss",
+    "val/bpb": "val_bpb",
+    "throughput/tokens_per_second": "tokens/s",
+    "throughput/mfu": "mfu",
+}
+
+
+class Trainer:
+    """Trains a session until a limit or a signal, and tells a recorder.
+
+    Arguments:
+        session: model, optimiser, data and progress; changed in place.
+        recorder: where metrics, samples and checkpoints go.
+    """
+
+    def __init__(self, session: Session, recorder: Recorder) -> None:
+        self.session = session
+        self.recorder = recorder
+        self.config = session.config.trainer
+        self.update = Update(
+            session.model, session.optimizer, clip_norm=self.config.clip_norm, precision=session.precision
+        )
+        self.clock = Stopwatch(session.precision.device, seconds=session.progress.seconds)
+        self._step_tokens = session.config.data.lanes * session.config.data.window
+        self._interval = (session.progress.tokens, session.progress.seconds)
+        self._last_score: float | None = None
+        self._shown: dict[str, float] = {}
+
+    def fit(self, stop: StopRequest) -> tuple[str, str]:
+        """Train to the end. Returns (`finished` or `interrupted`, why).
+
+        `stop` is looked at between steps. However training ends, a checkpoint of its last step is being saved on
+        return.
+        """
+        ending = self._limit_reached()
+        if ending is not None:  # a finished run, continued with the limits it had
+            self.recorder.save(score=None)
+            return ending
+        self._warm_up()
+        self.clock.start()
+        while True:
+            self._step()
+            ending = self._limit_reached() or self._interrupted(stop)
+            self._look(finishing=ending is not None and ending[0] == FINISHED)
+            if ending is not None or self._due(self.config.checkpoint_every):
+                with self.clock.paused():
+                    self.recorder.save(score=self._last_score)
+            if ending is not None:
+                return ending
+
+    def _step(self) -> None:
+        """One update on the next window of every lane."""
+        session, progress = self.session, self.session.progress
+        share = run_share(progress, self.config, by=session.config.schedule.by, step_tokens=self._step_tokens)
+        session.optimizer.set_rate_scale(learning_rate_scale(session.config.schedule, share, step=progress.step))
+        parts = split_batch(next(session.batches), self.config.accumulation)
+        result = self.update(parts, session.states)
+        if session.carries_state:
+            session.states = list(result.states)
+        session.meter.add(result)
+        progress.step += 1
+        progress.tokens += result.num_targets
+        progress.seconds = self.clock.seconds
+
+    def _look(self, *, finishing: bool) -> None:
+        """Write this step's row and samples, as far as they are due; at the end of a run everything is."""
+        row = self._training_metrics() if finishing or self._due(self.config.log_every) else {}
+        self._last_score = None
+        with self.clock.paused() if finishing or self._looks_closer() else contextlib.nullcontext():
+            if finishing or self._due(self.config.evaluate_every):
+                validation = self.validate()
+                self._last_score = validation["val/loss"]
+                row |= validation
+            if finishing or self._due(self.config.sample_every):
+                self._sample()
+        if row:
+            self.recorder.row(row)
+            self._shown |= {short: row[name] for name, short in SHOWN.items() if name in row}
+            self.recorder.show(self._shown)
+
+    def _looks_closer(self) -> bool:
+        return self._due(self.config.evaluate_every) or self._due(self.config.sample_every)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.session.progress.step % every == 0
+
+    def _training_metrics(self) -> dict[str, float]:
+        """Averages since the last reading; the step's one wait for the device."""
+        session, progress = self.session, self.session.progress
+        metrics = session.meter.read()
+        progress.seconds = self.clock.seconds
+        tokens, seconds = progress.tokens - self._interval[0], progress.seconds - self._interval[1]
+        self._interval = (progress.tokens, progress.seconds)
+        speed = tokens / max(seconds, 1e-9)
+        metrics["train/learning_rate"] = session.optimizer.learning_rate
+        metrics["throughput/tokens_per_second"] = speed
+        if session.precision.name == "bfloat16":  # the peak rates known are bfloat16's
+            device = session.precision.device
+            utilization = model_flops_utilization(speed, session.model.flops_per_token(), device)
+            if utilization is not None:
+                metrics["throughput/mfu"] = utilization
+        metrics["memory/peak_bytes"] = peak_memory_bytes(session.precision.device)
+        metrics["data/epoch"] = session.batches.epoch
+        return metrics
+
+    def validate(self) -> dict[str, float]:
+        """val/... with the state carried from window to window and, if wanted, val_reset/... with a new one in each.
+
+        A mixture's sources are evaluated one by one as well, as val/<source>/...
+        """
+        session, data = self.session, self.session.config.data
+        metrics: dict[str, float] = {}
+        passes = [("val", session.corpus.validation, True)]
+        if self.config.evaluate_reset:
+            passes.append(("val_reset", session.corpus.validation, False))
+        passes += [(f"val/{name}", stream, True) for name, stream in session.corpus.validation_sources.items()]
+        for prefix, stream, carry_state in passes:
+            result = evaluate(
+                session.model,
+                stream,
+                session.corpus.tokenizer,
+                lanes=data.lanes // self.config.accumulation,
+                window=data.window,
+                precision=session.precision,
+                max_tokens=self.config.evaluate_tokens,
+                carry_state=carry_state,
+            )
+            metrics |= result.metrics(prefix)
+        return metrics
+
+    def _sample(self) -> None:
+        session = self.session
+        rows = sample_texts(
+            session.model,
+            session.corpus.tokenizer,
+            self.config.sample_prompts,
+            max_new_tokens=self.config.sample_tokens,
+            temperature=self.config.sample_temperature,
+            seed=session.config.seed,
+            precision=session.precision,
+            starts_documents=session.starts_documents,
+        )
+        self.recorder.samples(rows)
+
+    def _limit_reached(self) -> tuple[str, str] | None:
+        progress = self.session.progress
+        limits = (
+            ("max_steps", progress.step, self.config.max_steps),
+            ("max_tokens", progress.tokens, self.config.max_tokens),
+            ("max_seconds", progress.seconds, self.config.max_seconds),
+        )
+        for name, done, limit in limits:
+            if limit is not None and done >= limit:
+                return FINISHED, f"trainer.{name}={limit} reached"
+        return None
+
+    def _interrupted(self, stop: StopRequest) -> tuple[str, str] | None:
+        if stop.requested:
+            return INTERRUPTED, f"{stop.name} received"
+        if self.config.stop_at_step is not None and self.session.progress.step >= self.config.stop_at_step:
+            return INTERRUPTED, f"trainer.stop_at_step={self.config.stop_at_step} reached"
+        return None
+
+    def _warm_up(self) -> None:
+        """On a GPU, take the first step without its update and off the clock: kernels compile, and too large a batch
+        shows at once."""
+        session = self.session
+        if session.precision.device.type != "cuda":
+            return
+        position = session.batches.state_dict()
+        batch = next(session.batches)
+        session.batches.load_state_dict(position)
+        try:
+            self.update.backward(split_batch(batch, self.config.accumulation), session.states)
+            torch.cuda.synchronize(session.precision.device)
+        except torch.cuda.OutOfMemoryError as error:
+            lanes, parts = session.config.data.lanes, self.config.accumulation
+            raise UserError(
+                f"data.lanes={lanes}: a step does not fit in the GPU's memory ({str(error).splitlines()[0]}); take "
+                f"it in more parts with trainer.accumulation={2 * parts}, or lower data.lanes or data.window"
+            ) from error
+        session.optimizer.zero_grad()

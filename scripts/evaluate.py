@@ -1,0 +1,55 @@
+"""Evaluate a checkpoint on a validation text and print one JSON object.
+
+    python scripts/evaluate.py checkpoint=runs/20260101-120000-ab12               # on the data it was trained with
+    python scripts/evaluate.py checkpoint=runs/... data=text data.path=book.txt max_tokens=100000
+
+loss is in nats a token, bpb in bits a byte of text; `reset_...` gives every window a new state, so the gap to the
+values without it is what memory across windows is worth.
+"""
+
+import json
+import sys
+
+from neurogen.config.script import run_script
+from neurogen.config.script_configs import EvaluateConfig
+from neurogen.data import build_corpus
+from neurogen.errors import UserError
+from neurogen.training.evaluation import evaluate
+from neurogen.training.trained import load_trained
+
+
+def main(config: EvaluateConfig) -> None:
+    trained = load_trained(config.checkpoint, mode=config.mode, device=config.device, dtype=config.dtype)
+    data = config.data or trained.config.data
+    asked, kind, size = data.tokenizer, trained.tokenizer.kind, trained.tokenizer.vocab_size
+    if asked in ("bytes", "bpe") and (asked != kind or data.vocab_size not in (None, size)):
+        remedy = f"data.tokenizer={kind}" + (f" data.vocab_size={size}" if kind == "bpe" else "")
+        raise UserError(f"data.tokenizer={asked}: the checkpoint's vocabulary is {kind} with {size} ids; use {remedy}")
+    corpus = build_corpus(data, tokenizer=trained.tokenizer if config.data else None)
+    if corpus.tokenizer.fingerprint != trained.tokenizer.fingerprint:
+        raise UserError(
+            f"data: its text has changed and gives another vocabulary than {trained.path}; name a text with data=text"
+        )
+    results: dict[str, object] = {
+        "checkpoint": str(trained.path),
+        "step": trained.step,
+        "mode": trained.model.mode.name,
+    }
+    for prefix, carry_state in (("", True), ("reset_", False)):
+        result = evaluate(
+            trained.model,
+            corpus.validation,
+            corpus.tokenizer,
+            lanes=data.lanes,
+            window=data.window,
+            precision=trained.precision,
+            max_tokens=config.max_tokens,
+            carry_state=carry_state,
+        )
+        results |= {f"{prefix}{key.removeprefix('val/')}": value for key, value in result.metrics("val").items()}
+    results |= {"num_tokens": result.num_targets, "num_bytes": result.num_bytes}
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, config_name="evaluate", root=EvaluateConfig, verbatim=("checkpoint",)))

@@ -1,0 +1,178 @@
+"""The script: what it prints, writes and refuses."""
+
+import io
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from neurogen import BrainConfig, NeuroGen, UserError
+from neurogen.diagnosis import options as options_module
+from neurogen.diagnosis.activity import measure_activity
+from neurogen.diagnosis.comparison import comparison, load_result
+from neurogen.diagnosis.options import Options, parse_options
+from neurogen.diagnosis.run import diagnose
+from neurogen.diagnosis.tokenization import measure_tokenization
+
+
+@pytest.fixture(scope="module")
+def result_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small diagnosis of two modes at both tasks."""
+    folder = tmp_path_factory.mktemp("diagnosis")
+    tiny = BrainConfig(embedding_dim=8, column_width=4, head_width=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(options_module.SIZES, "nano", tiny)
+        patch.setattr("neurogen.diagnosis.measure.TIMED_SECONDS", 0.01)
+        words = ["mode=naive,preallocated", "sequence=8", "counted_tokens=4", "vocab_size=7", f"out={folder}"]
+        console = Console(file=io.StringIO(), width=120)
+        path = diagnose(parse_options(words), console)
+        text = console.file.getvalue()
+    (folder / "printed.txt").write_text(text)
+    return path
+
+
+def test_writes_json_a_plot_and_tables(result_path: Path) -> None:
+    result = json.loads(result_path.read_text())
+    assert [(row["task"], row["mode"]) for row in result["rows"]] == [
+        ("train", "naive"),
+        ("train", "preallocated"),
+        ("generate", "naive"),
+        ("generate", "preallocated"),
+    ]
+    for row in result["rows"]:
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
+        assert sum(row["stage_seconds"].values()) == pytest.approx(row["clocked_seconds"])
+    naive, preallocated = result["rows"][:2]
+    assert naive["counts"]["synchronisations"] - naive["counts_of_half"]["synchronisations"] == 2
+    assert preallocated["counts"]["host_allocations"] == preallocated["counts_of_half"]["host_allocations"]
+    assert naive["churned_megabytes"] > preallocated["churned_megabytes"]
+    assert (result_path.parent / "modes-nano.png").read_bytes().startswith(b"\x89PNG")
+    printed = (result_path.parent / "printed.txt").read_text()
+    for text in ("tokens/s", "CPU %", "cognitive step", "synchronisations", "missing: no CUDA GPU"):
+        assert text in printed or (text.startswith("missing") and torch.cuda.is_available())
+
+
+def test_the_comparison_has_the_earlier_system_and_ours(result_path: Path) -> None:
+    table = comparison(load_result(result_path), "train").splitlines()
+    assert table[0] == "|  | time for 8 tokens | tokens/s | CPU % | GPU % | MB churned per sequence |"
+    assert table[2] == "| earlier system, measured | 50 s | 10 | 100 | 10 | - |"
+    assert table[3] == "| earlier system, planned | 0.2 s | 2,500 | 15 | 90 | 0.01 |"
+    assert table[4].startswith("| `mode=naive` | ")
+    assert table[5].startswith("| `mode=preallocated` | ")
+    assert "8 tokens" in table[-1]
+
+
+def test_a_file_that_is_no_result_is_refused(tmp_path: Path, result_path: Path) -> None:
+    with pytest.raises(UserError, match="no result file"):
+        load_result(tmp_path / "none.json")
+    (tmp_path / "cut.json").write_text(result_path.read_text()[:50])
+    with pytest.raises(UserError, match="is not a result file"):
+        load_result(tmp_path / "cut.json")
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(UserError, match="no result of scripts/diagnose"):
+        load_result(tmp_path / "other.json")
+    with pytest.raises(UserError, match="no task 'dream'; it has generate, train"):
+        comparison(load_result(result_path), "dream")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["colour=red"], "cannot use 'colour=red'; settings are key=value"),
+        (["sequence"], "cannot use 'sequence'"),
+        (["sequence=ten"], "sequence: Value 'ten'"),
+        (["sequence=1"], "sequence is 1; it must be at least 2"),
+        (["mode=naive,quick"], "mode is 'quick'"),
+        (["model=huge"], "model is 'huge'; choose one of nano, small, base"),
+        (["what=dreams"], "what is 'dreams'"),
+        (["precision=int4"], "precision is 'int4'"),
+    ],
+)
+def test_bad_settings_are_one_line(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        parse_options(words)
+    assert "\n" not in str(error.value)
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UserError, match="device is 'abacus'"):
+        Options(device="abacus").torch_device()
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no CUDA GPU"):
+            Options(device="cuda").torch_device()
+
+
+def test_activity_of_known_neurons(make_model: Callable[..., NeuroGen]) -> None:
+    """Neurons pushed far up are saturated, pushed far down silent; half-lives and gates are those of the weights."""
+    model = make_model()
+    with torch.no_grad():
+        for layer, drive in ((model.brain.wernicke[0], 1e4), (model.brain.broca[0], -1e4)):
+            layer.in_proj.weight.zero_()
+            layer.lateral_weight.zero_()
+            layer.drive_bias.fill_(drive)
+        model.brain.hippocampus[0].forget.weight.zero_()
+        model.brain.hippocampus[0].forget.bias.fill_(torch.logit(torch.tensor(0.5 ** (1 / 40))))
+        model.brain.basal_ganglia.go.weight.zero_()
+        model.brain.basal_ganglia.go.bias.fill_(0.0)
+        model.decoder.weight.zero_()
+    activity = measure_activity(model, torch.arange(9))
+    assert activity.saturated == {"wernicke.0": 1.0, "broca.0": 0.0}
+    assert activity.silent == {"wernicke.0": 0.0, "broca.0": 1.0}
+    assert activity.firing_rate == {"wernicke.0": 1.0, "broca.0": 0.0}
+    torch.testing.assert_close(activity.half_lives["hippocampus.0"], torch.full((4,), 40.0).double(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(activity.go_rate, torch.full((3,), 0.5))
+    assert activity.spikes["wernicke.0"].shape == (9, 24)
+    assert list(activity.entropy) == ["thalamus", "wernicke.0", "hippocampus.0", "pfc.0", "broca.0"]
+    assert list(activity.entropy.values()) == pytest.approx([torch.log(torch.tensor(11.0)).item()] * 5)
+
+
+def test_activity_sees_what_the_model_does(make_model: Callable[..., NeuroGen]) -> None:
+    model = make_model()
+    ids = torch.randint(11, (1, 8), generator=torch.Generator().manual_seed(0))
+    activity = measure_activity(model, ids[0])
+    out = model(ids[:, :-1], target_ids=ids[:, 1:])
+    assert activity.loss == pytest.approx(float(out.loss.detach()), abs=1e-5)
+    whole = model(ids).health
+    assert activity.firing_rate["wernicke.0"] == pytest.approx(float(whole["wernicke/firing_rate"]), abs=1e-6)
+    assert float(activity.go_rate.mean()) == pytest.approx(float(whole["go_rate"]), abs=1e-5)
+    with pytest.raises(UserError, match="at least 2"):
+        measure_activity(model, ids[0, :1])
+
+
+def test_activity_prints_and_draws(tmp_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("the brain reads this line")
+    console = Console(file=io.StringIO(), width=120)
+    words = ["what=activity", "sequence=12", f"text={text}", f"out={tmp_path}"]
+    path = diagnose(parse_options(words), console)
+    assert json.loads(path.read_text())["activity"]["half_lives"]["pfc.0"][0] == pytest.approx(300, rel=0.01)
+    assert (tmp_path / "activity-nano.png").read_bytes().startswith(b"\x89PNG")
+    assert "half-life" in console.file.getvalue()
+    with pytest.raises(UserError, match="no such file"):
+        diagnose(parse_options(["what=activity", f"text={tmp_path}/none.txt"]), console)
+
+
+def test_tokenization_rates(make_model: Callable[..., NeuroGen], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share of the pipeline is the model's rate over the pipeline's, and a slow pipeline is seen as one."""
+    monkeypatch.setattr("neurogen.diagnosis.tokenization.MEASURE_SECONDS", 0.05)
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+
+    def batches(seconds: float) -> Iterator[SimpleNamespace]:
+        while True:
+            time.sleep(seconds)
+            yield SimpleNamespace(input_ids=ids, target_ids=ids)
+
+    tokenizer = SimpleNamespace(encode=lambda text: list(text))
+    quick, slow = (
+        measure_tokenization(make_model(), tokenizer, b"some text", batches(seconds)) for seconds in (0.0, 0.02)
+    )
+    assert slow["pipeline"] < 4 / 0.02
+    assert quick["pipeline"] > 10 * slow["pipeline"]
+    assert quick["pipeline_share"] == pytest.approx(quick["model"] / quick["pipeline"])
+    assert slow["pipeline_share"] > quick["pipeline_share"]
+    assert quick["tokenizer"] > 1000

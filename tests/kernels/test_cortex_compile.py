@@ -1,0 +1,94 @@
+"""The cortex kernels compile for the GPUs they are meant for, without spills and within shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+COMPILE = """
+import json, sys
+from kernels.cortex import fused, parameter_gradient, scan
+from kernels.offline import compile_kernel
+
+UNSPECIALIZED = {"T", "B", "start_stride_b", "start_stride_t", "rows_per_slice", "num_slices", "num_tiles"}
+IN_STORAGE = {"drive", "spikes", "excess", "grad_spikes", "grad_drive"}
+SCAN = {"L": 8, "THRESHOLD": 0.5, "ADAPTATION_STRENGTH": 0.5, "ADAPTATION_DECAY": 0.95, "HAS_START": True, "SAVE": True}
+
+
+def run(kernel, storage, constants, capability, num_warps, max_registers=None):
+    constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+    signature = {}
+    for name in kernel.arg_names:
+        integer = name in UNSPECIALIZED or name == "D" or "stride" in name
+        kind = "constexpr" if name in constants else "i32" if integer else storage if name in IN_STORAGE else "*fp32"
+        signature[name] = {"document_start": "*u8", "counts": "*i32"}.get(name, kind)
+    divisible = {name for name, kind in signature.items() if kind == "i32"} - UNSPECIALIZED
+    resources, code = compile_kernel(
+        kernel, signature, constants, capability=capability, num_warps=num_warps,
+        divisible=divisible, max_registers=max_registers,
+    )
+    return {
+        "name": f"{kernel.fn.__name__} {storage} {constants} sm_{capability}", "capability": capability,
+        "storage": storage, "spills": code.count("LDL") + code.count("STL"), "shared": resources.shared_bytes,
+        "registers": resources.registers * num_warps * 32, "matrix": code.count("HMMA") + code.count("HGMMA"),
+        "wide_loads": code.count("LDG.E.64"),
+    }
+
+
+results = []
+for is_half, width, ceiling, capability in json.load(sys.stdin):
+    storage = "*bf16" if is_half else "*fp32"
+    config = fused.SCAN_CONFIGS[is_half, width]
+    constants = SCAN | {"C": width, "CEILING": ceiling, "RELOAD": fused.reloads_weights(is_half, width)}
+    for kernel in (scan.cortex_forward_kernel, scan.cortex_backward_kernel):
+        results.append(run(kernel, storage, constants, capability, *config))
+    rows, num_warps = fused.SLICE_CONFIGS[is_half, width]
+    constants = {"C": width, "ROWS": rows, "HAS_START": True}
+    results.append(run(parameter_gradient.slice_kernel, storage, constants, capability, num_warps))
+    results.append(run(parameter_gradient.finish_kernel, storage, {"C": width}, capability, 4))
+json.dump(results, sys.stdout)
+"""
+
+
+def compile_all(cases):
+    from kernels.offline import SHARED_LIMITS
+
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        input=json.dumps(cases),
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    results = json.loads(run.stdout)
+    assert len(results) == 4 * len(cases)
+    for result in results:
+        assert result["spills"] == 0, result
+        assert result["shared"] <= SHARED_LIMITS[result["capability"]], result
+        assert result["registers"] <= 65536, result
+    return results
+
+
+def test_the_base_and_small_models_shapes():
+    results = compile_all([(True, 128, 4.0, 90), (True, 64, 4.0, 90)])
+    for result in results:
+        if "finish" not in result["name"]:
+            assert (result["matrix"] > 0) == (result["storage"] == "*bf16"), result
+        if "sm_90" in result["name"] and "cortex_" in result["name"] and result["storage"] == "*bf16":
+            assert result["wide_loads"] > 0, result  # four neurons a load, not one
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("is_half", [True, False])
+def test_every_shape(is_half):
+    compile_all(
+        [(is_half, width, ceiling, capability)
+         for width in (16, 32, 64, 128) for ceiling in (4.0, 0.0) for capability in (89, 90)]
+    )  # fmt: skip

@@ -1,0 +1,73 @@
+"""Fused against unfused, whole models, in Triton's interpreter where there is no GPU."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import GridExecutor
+
+from kernels.launch import INTERPRETED
+from neurogen import BrainState, NeuroGen
+
+SIZES = {"embedding_dim": 16, "column_width": 16, "head_width": 16, "chunk_size": 16}
+
+
+def everything(model: NeuroGen, mode: str, state: BrainState, ids: Tensor, starts: Tensor) -> dict[str, Tensor]:
+    """Loss, counts, next state, health, and the gradients of weights and of the state."""
+    model.set_mode(mode)
+    model.zero_grad()
+    state = state.map(lambda x: x.detach().clone().requires_grad_() if x.is_floating_point() else x)
+    out = model(ids, state, document_start=starts, target_ids=ids.roll(-1, 1))
+    total = out.loss + sum(x.square().sum() for x in out.state.tensors().values() if x.is_floating_point())
+    total.backward()
+    results = {"loss": out.loss, "num_correct": out.num_correct, "num_targets": out.num_targets}
+    results |= {f"state {name}": x for name, x in out.state.tensors().items()} | out.health
+    results |= {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
+    results |= {f"gradient of initial {n}": x.grad for n, x in state.tensors().items() if x.is_floating_point()}
+    return {name: x.detach().double() for name, x in results.items()}
+
+
+@pytest.mark.parametrize("settings", [{"memory_rule": "hebbian"}, {"memory_rule": "delta", "tie_embedding": True}])
+def test_fused_agrees_with_unfused(settings, make_model: Callable[..., NeuroGen]):
+    model = make_model(dtype=torch.float32, vocab_size=19, **SIZES, **settings)
+    ids = torch.randint(19, (3, 7), generator=torch.Generator().manual_seed(0))
+    starts = torch.zeros(3, 7, dtype=torch.bool)
+    starts[1, 3] = starts[2, 0] = True
+    with torch.no_grad():
+        state = model(ids.flip(1)).state
+    expected = everything(model, "unfused", state, ids, starts)
+    for name, got in everything(model, "fused", state, ids, starts).items():
+        error = float((got - expected[name]).norm() / expected[name].norm().clamp_min(1e-6))
+        assert error <= 1e-4, f"{name}: {error}"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts launches in the interpreter; the profiler counts them on a GPU")
+def test_launches_do_not_grow_with_the_sequence(make_model: Callable[..., NeuroGen], monkeypatch: pytest.MonkeyPatch):
+    launched: list[str] = []
+    run = GridExecutor.__call__
+
+    def count(self, *args, **kwargs):
+        launched.append(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", count)
+    model = make_model(dtype=torch.float32, mode="fused", **SIZES)
+    counts = []
+    for num_tokens in (1, 2, 18):  # within a chunk of the memory, and over its edge
+        ids = torch.zeros(1, num_tokens, dtype=torch.int64)
+        model(ids, target_ids=ids).loss.backward()
+        counts.append(len(launched))
+        launched.clear()
+    assert counts[0] == counts[1] == counts[2] > 0
+
+
+def test_generates_the_same_tokens(make_model: Callable[..., NeuroGen]):
+    model = make_model(dtype=torch.float32, vocab_size=19, **SIZES)
+    prompt = torch.tensor([[1, 5, 2], [0, 7, 7]])
+    settings = {"max_new_tokens": 3, "seed": 4, "temperature": 1.3, "top_k": 12, "top_p": 0.95, "min_p": 0.01}
+    expected = model.generate(prompt, **settings)
+    model.set_mode("fused")
+    got = model.generate(prompt, **settings)
+    assert torch.equal(got.tokens, expected.tokens)
+    torch.testing.assert_close(got.log_probs, expected.log_probs, rtol=0, atol=1e-5)

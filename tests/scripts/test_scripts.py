@@ -1,0 +1,145 @@
+"""The scripts as a user runs them: train, evaluate, generate, and their mistakes."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from neurogen.training.checkpoint import find_latest
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(200))
+TRAIN = ["experiment=test", "data=text", "data.path=notes.txt", "trainer.max_steps=2", "run_dir=runs/a"]
+
+
+def run_process(script: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "NEUROGEN_CACHE": str(folder / "cache"),
+    }
+    command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which scripts/train.py left runs/a."""
+    folder = tmp_path_factory.mktemp("scripts")
+    (folder / "notes.txt").write_text(TEXT)
+    done = run_process("train.py", *TRAIN, folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "finished at step 2" in done.stderr
+    assert {path.name for path in folder.iterdir()} == {"notes.txt", "runs", "cache"}
+    return folder
+
+
+def run_here(
+    script: str, *arguments: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a script, in this process: each new one would cost seconds of imports."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("NEUROGEN_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+    out, err = capsys.readouterr()
+    return int(leaving.value.code or 0), out, err
+
+
+def test_evaluate_prints_one_json_object(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run_here("evaluate.py", "checkpoint=runs/a", folder=trained, monkeypatch=monkeypatch, capsys=capsys)
+    result = json.loads(out)
+    assert code == 0
+    assert out.count("\n") == 1
+    assert (result["step"], result["mode"]) == (2, "unfused")
+    assert result["num_bytes"] == pytest.approx(0.05 * len(TEXT), rel=0.02)
+    assert 7 < result["bpb"] < 8.1
+    assert result.keys() >= {"loss", "perplexity", "accuracy", "reset_loss", "reset_bpb"}
+
+
+def test_evaluate_another_text_with_the_checkpoints_vocabulary(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (trained / "other.txt").write_text("x = 1\n" * 500)
+    arguments = ["checkpoint=runs/a", "data=text", "data.path=other.txt", "data.validation_bytes=100", "data.lanes=2"]
+    code, out, _ = run_here("evaluate.py", *arguments, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, json.loads(out)["num_bytes"]) == (0, 100)
+    more = ["data.tokenizer=bpe", "data.vocab_size=300"]
+    code, out, err = run_here("evaluate.py", *arguments, *more, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: data.tokenizer=bpe: the checkpoint's vocabulary is bytes with 257 ids; use data.tokenizer=bytes\n"
+    )
+
+
+@pytest.mark.parametrize("prompt", ["", "def f(x): return {'a': ${b}, **c}  # é\n"])
+def test_generate_continues_any_prompt(
+    prompt: str, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["checkpoint=runs/a", f"prompt={prompt}", "max_new_tokens=12", "seed=3"]
+    code, plain, _ = run_here("generate.py", *arguments, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
+    _, out, _ = run_here(
+        "generate.py", *arguments, "format=json", folder=trained, monkeypatch=monkeypatch, capsys=capsys
+    )
+    result = json.loads(out)
+    assert code == 0
+    assert result["prompt"] == prompt
+    assert plain == prompt + result["text"] + "\n"
+    assert 1 <= result["num_tokens"] <= 12
+    assert result["log_prob"] < 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["checkpoint=nowhere"], "nowhere"),
+        (["checkpoint=runs/a", "top_p=3"], "top_p"),
+        (["checkpoint=runs/a", "max_new_tokens=0"], "max_new_tokens=0: must be at least 1"),
+        (["checkpoint=runs/a", "device=cuda:99"], "device=cuda:99"),
+        (["prompt=x"], "checkpoint: missing"),
+    ],
+)
+def test_generates_mistakes(
+    arguments: list[str],
+    message: str,
+    trained: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, err = run_here("generate.py", *arguments, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ")
+    assert message in err
+
+
+def test_a_torn_checkpoint_is_one_line(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = find_latest(trained / "runs" / "a" / "checkpoints")
+    assert source is not None
+    torn = tmp_path / "torn"
+    shutil.copytree(source, torn)
+    weights = torn / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    code, out, err = run_here(
+        "generate.py", f"checkpoint={torn}", folder=trained, monkeypatch=monkeypatch, capsys=capsys
+    )
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "model.safetensors" in err
+
+
+def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
+    done = run_process("train.py", "model.embedding_dim=wide", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == ("error: model.embedding_dim: value 'wide' of type 'str' could not be converted to Integer\n")
+    assert list(tmp_path.iterdir()) == []
