@@ -256,7 +256,7 @@ class _Call:
         writes: Tensor | None = None,
     ) -> None:
         """Fill output and final_state, or states and writes."""
-        launch = self.table.forward
+        launch = self.table.forward if states is None else self.table.recompute
         memory_forward_kernel[(self.num_streams, self.width // launch.tile)](
             self.query,
             self.key,

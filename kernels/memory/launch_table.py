@@ -1,4 +1,8 @@
-"""Block sizes of the memory kernels, by type, head width and the card's shared memory."""
+"""Block sizes of the memory kernels, by type, head width, rule and the card's shared memory.
+
+Chosen by what the compiler makes of each for compute capability 9.0 and 8.9 (registers, spills, shared memory, number of
+instructions); none has been timed yet.
+"""
 
 from typing import NamedTuple
 
@@ -17,10 +21,11 @@ class LaunchTable(NamedTuple):
     """Launches of every kernel for one chunk length L."""
 
     length: int
-    inverse: Launch  # its tile is unused
     forward: Launch
+    recompute: Launch  # the forward walk again, for the backward pass
     state_gradient: Launch
     gradient: Launch
+    inverse: Launch = Launch(16, 4, 1)  # its tile is unused
 
 
 def launch_table(dtype: torch.dtype, width: int, *, delta: bool, large_shared: bool) -> LaunchTable:
@@ -30,18 +35,24 @@ def launch_table(dtype: torch.dtype, width: int, *, delta: bool, large_shared: b
     """
     if dtype == torch.float32:
         # Products in full precision run outside the tensor cores and keep whole rows of both factors in registers.
-        tile = 16
-        return LaunchTable(16, Launch(tile, 4, 1), Launch(tile, 4, 1), Launch(tile, 4, 1), Launch(tile, 4, 1))
-    tile = min(width, 64)
-    half = min(width, 32)
-    length = 64
-    if not large_shared:
-        length = 32
-    warps = 8 if width == 128 else 4
-    return LaunchTable(
-        length,
-        Launch(tile, 4, 1),
-        Launch(tile, 4, 2),
-        Launch(tile, 4, 2),
-        Launch(half, warps, 2),
-    )
+        walk = Launch(16, 4, 1)
+        forward = Launch(16, 8, 1) if delta and width == 128 else walk
+        return LaunchTable(16, forward, walk, walk, Launch(16, 8 if width >= 64 else 4, 1))
+    if width < 64:
+        launch = Launch(width, 4, 2)
+        return LaunchTable(32, launch, launch, launch, launch)
+    return (_LARGE if large_shared else _SMALL)[width, delta]
+
+
+_LARGE = {  # by head width and whether the rule is delta
+    (64, False): LaunchTable(64, Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4, 2), Launch(32, 8, 1)),
+    (64, True): LaunchTable(32, Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4, 2), Launch(32, 4, 1)),
+    (128, False): LaunchTable(64, Launch(128, 8, 2), Launch(128, 8, 2), Launch(128, 8, 2), Launch(16, 8, 1)),
+    (128, True): LaunchTable(32, Launch(128, 8, 2), Launch(128, 8, 2), Launch(128, 8, 2), Launch(16, 8, 2)),
+}
+_SMALL = {
+    (64, False): LaunchTable(32, Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4, 2), Launch(32, 4, 2)),
+    (64, True): LaunchTable(32, Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4, 2), Launch(16, 4, 1)),
+    (128, False): LaunchTable(32, Launch(64, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2), Launch(16, 8, 2)),
+    (128, True): LaunchTable(32, Launch(32, 4, 2), Launch(64, 8, 2), Launch(64, 8, 2), Launch(16, 8, 2)),
+}

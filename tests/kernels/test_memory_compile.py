@@ -1,0 +1,113 @@
+"""The memory's kernels compile for GPUs that are not there, without spilling and within their shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import inspect, json, sys
+import torch
+from kernels.memory import chunk_backward, chunk_forward
+from kernels.memory.launch_table import launch_table
+from kernels.offline import compile_kernel
+
+FLOAT32 = ("state_ptr", "final_state_ptr", "final_state_grad_ptr", "state_grad_ptr")
+KERNELS = {
+    "inverse": chunk_forward.triangular_inverse_kernel,
+    "forward": chunk_forward.memory_forward_kernel,
+    "recompute": chunk_forward.memory_forward_kernel,
+    "state_gradient": chunk_backward.memory_state_gradient_kernel,
+    "gradient": chunk_backward.memory_gradient_kernel,
+}
+
+
+def resources(name, capability, dtype, width, delta):
+    table = launch_table(dtype, width, delta=delta, large_shared=capability == 90)
+    kernel, launch = KERNELS[name], getattr(table, name)
+    constants = {"WIDTH": width, "LENGTH": table.length, "HAS_STARTS": True}
+    if name == "inverse":
+        constants["LEVELS"] = table.length.bit_length() - 1
+        constants["PRECISION"] = "ieee" if dtype == torch.float32 else "tf32"
+    else:
+        constants |= {"TILE": launch.tile, "DELTA": delta}
+    if kernel is chunk_forward.memory_forward_kernel:
+        constants["RECOMPUTE"] = name == "recompute"
+    if name == "state_gradient":
+        constants["HAS_STATE_GRAD"] = True
+    pointer = "*fp32" if dtype == torch.float32 else "*bf16"
+    signature, aligned = {}, []
+    for argument in inspect.signature(kernel.fn).parameters:
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument.endswith("_ptr"):
+            signature[argument] = "*i8" if argument == "start_ptr" else "*fp32" if argument in FLOAT32 else pointer
+            aligned.append(argument)
+        else:
+            signature[argument] = "fp32" if argument == "eps" else "i32"
+            if "stride" in argument and argument.split("_")[0] in ("query", "key", "value", "output"):
+                aligned.append(argument)
+    used, code = compile_kernel(
+        kernel,
+        signature,
+        constants,
+        capability=capability,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        divisible_by_16=aligned,
+    )
+    return [*used, code.count("HGMMA"), code.count("LDG.E.128") + code.count("LDGSTS.E.BYPASS.128")]
+
+
+cases = json.loads(sys.argv[1])
+print(json.dumps([resources(n, c, getattr(torch, d), w, r) for n, c, d, w, r in cases]))
+"""
+
+Case = tuple[str, int, str, int, bool]
+# Four to six registers that go to the stack once a chunk of some two thousand instructions; see also test_whole_table.
+STACK_ALLOWED = {
+    ("forward", 90, "bfloat16", 128, False): 24,
+    ("forward", 90, "bfloat16", 128, True): 24,
+    ("gradient", 89, "bfloat16", 128, True): 48,
+}
+SHARED = {89: 99 * 1024, 90: 227 * 1024}
+
+
+def check(cases: list[Case]) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", PROGRAM, json.dumps(cases)]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    for case, result in zip(cases, json.loads(finished.stdout), strict=True):
+        _, stack, shared, num_wgmma, num_wide_loads = result
+        name, capability, dtype, width, _ = case
+        assert shared <= SHARED[capability], (case, shared)
+        if dtype == "float32" and name == "gradient" and width >= 64:
+            continue  # full-precision products are not for speed; this one keeps more than the registers hold
+        assert stack <= STACK_ALLOWED.get(case, 0), (case, stack)
+        if dtype == "bfloat16":
+            assert num_wide_loads > 0, case
+            assert num_wgmma > 0 or capability != 90 or width < 64, case
+
+
+def test_widest_heads_do_not_spill() -> None:
+    check(
+        [
+            ("forward", 90, "bfloat16", 128, False),
+            ("gradient", 90, "bfloat16", 128, False),
+            ("state_gradient", 90, "bfloat16", 128, True),
+            ("recompute", 89, "bfloat16", 128, True),
+        ]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("width", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("capability", [89, 90])
+def test_whole_table(capability: int, dtype: str, width: int, delta: bool) -> None:
+    names = ["forward", "recompute", "state_gradient", "gradient"] + ["inverse"] * delta
+    check([(name, capability, dtype, width, delta) for name in names])
