@@ -103,7 +103,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(path: Path) -> list[dict[str, Any]]:
     """What does not depend on how the lanes are divided: a neuron silent in one part may fire in another."""
     return [
-        {key: value for key, value in row.items() if key not in TIMINGS and not key.endswith("/silent")}
+        {key: value for key, value in row.items() if key not in TIMINGS and not key.endswith(("/silent", "/saturated"))}
         for row in read_metrics(path)
     ]
 
@@ -112,7 +112,11 @@ def assert_same(folder: Path, ours: str, theirs: str) -> None:
     one, other = rows(folder / ours / "metrics.jsonl"), rows(folder / theirs / "metrics.jsonl")
     assert [row["step"] for row in one] == [row["step"] for row in other]
     for left, right in zip(one, other):
-        assert left == pytest.approx(right, rel=1e-9, abs=1e-12)
+        health = {key for key in left if key.startswith("health/")}  # measured in float32
+        assert {key: left[key] for key in health} == pytest.approx({key: right[key] for key in health}, rel=1e-5)
+        assert {key: left[key] for key in left.keys() - health} == pytest.approx(
+            {key: right[key] for key in right.keys() - health}, rel=1e-9, abs=1e-12
+        )
     mine, yours = load_checkpoint(folder / ours), load_checkpoint(folder / theirs)
     for kind in ("model_tensors", "optimizer_tensors", "state_tensors"):
         left, right = getattr(mine, kind).load(), getattr(yours, kind).load()
@@ -152,9 +156,10 @@ def test_one_process_writes(runs: Path) -> None:
 
 def test_lanes_that_do_not_divide_are_refused_by_all(runs: Path) -> None:
     for rank in (0, 1):
-        assert "data.lanes / trainer.accumulation=3: must be a multiple of the 2 processes" in (
-            runs / f"odd.{rank}.outcome"
-        ).read_text()
+        assert (
+            "data.lanes / trainer.accumulation=3: must be a multiple of the 2 processes"
+            in (runs / f"odd.{rank}.outcome").read_text()
+        )
 
 
 def test_torchrun_and_the_configuration_have_to_agree(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +187,7 @@ def test_a_world_of_one_is_trivial() -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_torchrun(runs: Path, strategy: str) -> None:
     words = [word for word in overrides("ddp") if not word.startswith(("trainer.distributed", "run_dir"))]
-    words += [f"trainer={strategy}", "+trainer.sample_every=4", f"run_dir=torchrun_{strategy}"]
+    words += [f"trainer={strategy}", f"run_dir=torchrun_{strategy}"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NEUROGEN_CACHE": "cache"}
     done = subprocess.run(
