@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from neurogen.brain import Brain, BrainConfig, BrainState, Decoder, TokenEmbedding, health_metrics
 from neurogen.errors import UserError
 from neurogen.generation import Generation, generate
+from neurogen.generation.prompts import GROUP_LANES, Prompts, generate_prompts
+from neurogen.generation.request import make_sampling
+from neurogen.generation.stream import generate_stream
 from neurogen.modes import make_mode
 from neurogen.probes import stage
 
@@ -149,7 +152,7 @@ class NeuroGen(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Prompts,
         *,
         max_new_tokens: int = 128,
         do_sample: bool = True,
@@ -161,17 +164,73 @@ class NeuroGen(nn.Module):
         seed: int = 0,
         stop: Sequence[int] = (),
         state: BrainState | None = None,
+        seen: Tensor | None = None,
     ) -> Generation:
-        """Continue prompts; see `neurogen.generation.generate`. `do_sample=False` takes the most likely token."""
-        return generate(
+        """Continue prompts: ids `[B, T]`, or B rows of ids of any lengths; see `neurogen.generation.generate` and
+        `neurogen.generation.generate_prompts`. `do_sample=False` takes the most likely token. The result's `log_probs`
+        are the model's own, before penalty, temperature and filters."""
+        temperature = temperature if do_sample else 0.0
+        if isinstance(input_ids, Tensor) and len(input_ids) <= GROUP_LANES and seen is None:
+            return generate(
+                self,
+                input_ids,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                seed=seed,
+                stop=stop,
+                state=state,
+            )
+        return generate_prompts(
             self,
             input_ids,
             max_new_tokens=max_new_tokens,
+            sampling=make_sampling(
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+            ),
+            seed=seed,
+            stop=stop,
+            state=state,
+            seen=seen,
+        )
+
+    def generate_stream(
+        self,
+        input_ids: Prompts,
+        *,
+        max_new_tokens: int = 128,
+        chunk_tokens: int = 16,
+        do_sample: bool = True,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[int] = (),
+        state: BrainState | None = None,
+    ) -> Iterator[Generation]:
+        """Continue prompts piece by piece; see `neurogen.generation.generate_stream`."""
+        sampling = make_sampling(
             temperature=temperature if do_sample else 0.0,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
             repetition_penalty=repetition_penalty,
+        )
+        return generate_stream(
+            self,
+            input_ids,
+            max_new_tokens=max_new_tokens,
+            chunk_tokens=chunk_tokens,
+            sampling=sampling,
             seed=seed,
             stop=stop,
             state=state,

@@ -103,10 +103,10 @@ def read_rows(directory: Path, *, repeats: int, workers: int) -> list[dict[str, 
     tokens = rng.integers(0, 50_000, READ_TOKENS, dtype=np.uint16)
     lengths = rng.integers(100, 1100, READ_TOKENS // 600)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    offsets = offsets[offsets < READ_TOKENS]
+    offsets = offsets[offsets < READ_TOKENS].astype(np.int64)
     tokens[offsets] = 50_000
     tokens.tofile(directory / "tokens.bin")
-    np.save(directory / "offsets.npy", offsets)
+    offsets.tofile(directory / "offsets.bin")
     rows = []
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers) as pool:
@@ -126,7 +126,7 @@ def measure_reader(job: tuple[str, str, str, int, int, int]) -> list[tuple[float
     torch.set_num_threads(1)
     tokens = np.memmap(Path(directory) / "tokens.bin", dtype=np.uint16, mode="r")
     tokens.max()  # into the page cache, and into this process
-    stream = TokenStream(tokens, np.load(Path(directory) / "offsets.npy"), 50_000, "f", "train")
+    stream = TokenStream(tokens, np.fromfile(Path(directory) / "offsets.bin", dtype=np.int64), 50_000, "f", "train")
     batches = READERS[order](stream, lanes=LANES, window=WINDOW, seed=1, rank=rank, world_size=world_size)
     read: Callable[[], Any] = batches.next_window if what == "window" else batches.__next__
     read()

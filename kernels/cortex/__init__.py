@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from kernels.backend import check_backend
-from kernels.cortex.fused import cortex_fused
 from kernels.cortex.reference import CortexOutput, CortexState, cortex_reference
 from kernels.cortex.spike import GRADED_CEILING, SPIKES
 
@@ -25,7 +24,9 @@ def cortex(
 ) -> CortexOutput:
     """Run spiking hyper-columns through a sequence; see `cortex_reference` for shapes and formulas."""
     check_backend(backend)
-    run = cortex_fused if backend == "fused" else cortex_reference
+    run = cortex_reference
+    if backend == "fused":
+        from kernels.cortex.fused import cortex_fused as run  # here, because the reference works without Triton
     return run(
         drive,
         lateral_weight,

@@ -17,14 +17,16 @@ from torch.torch_version import TorchVersion
 
 from kernels.decode.reference import IGNORE_INDEX, DecodeOutput
 from kernels.decode.rows import PITCH_MULTIPLE, launch_rows, scale_
-from kernels.launch import check_launchable
+from kernels.launch import INTERPRETED, check_launchable
 
 LOGITS_BYTES = 208 * 2**20  # most that a chunk's logits may take: 2048 rows at V = 50257 in bfloat16
 WORKING_BYTES = 256 * 2**20  # and together with a rounded copy of the weight
 _CHUNK_MULTIPLE = 128
+# Whether training on a Hopper GPU takes `kernels.decode.one_launch` instead of torch's products.
+ONE_LAUNCH = False
 # Before torch 2.10 products of half-precision matrices cannot be added to a float32 matrix in one call; there, each
 # chunk's product is rounded to the matrices' type before it is added.
-_ADDS_TO_FLOAT32 = TorchVersion(torch.__version__) >= (2, 10)
+_ADDS_TO_FLOAT32 = TorchVersion(torch.__version__) >= "2.10"
 
 
 def chunk_rows(num_rows: int, row_bytes: int, weight_copy_bytes: int = 0) -> int:
@@ -59,7 +61,24 @@ def decode_forward(
     copy_bytes = 0 if rounded is weight else rounded.nbytes
     pitch = -(-vocab_size // PITCH_MULTIPLE) * PITCH_MULTIPLE
     rows_at_a_time = chunk_rows(num_rows, pitch * hidden.element_size(), copy_bytes)
-    buffer = torch.empty(min(rows_at_a_time, num_rows), pitch, dtype=hidden.dtype, device=hidden.device)
+    buffer = torch.empty(rows_at_a_time, pitch, dtype=hidden.dtype, device=hidden.device)
+    if hidden_needs_grad and weight_needs_grad and _runs_in_one_launch(hidden):
+        from kernels.decode.one_launch import launch_whole  # needs Triton 3.4
+
+        launch_whole(
+            hidden,
+            rounded.contiguous(),
+            target_ids,
+            num_targets,
+            buffer,
+            loss_rows,
+            correct_rows,
+            grad_hidden,
+            grad_weight,
+            ignore_index=ignore_index,
+        )
+        loss = loss_rows.sum() / num_targets.clamp_min(1)
+        return loss, correct_rows.sum(), num_targets, grad_hidden, grad_weight
     for first in range(0, num_rows, rows_at_a_time):
         rows = slice(first, min(first + rows_at_a_time, num_rows))
         padded = buffer[: rows.stop - first]
@@ -81,6 +100,14 @@ def decode_forward(
             _add_product(grad_weight, logits.t(), hidden[rows], is_first=first == 0)
     loss = loss_rows.sum() / num_targets.clamp_min(1)
     return loss, correct_rows.sum(), num_targets, grad_hidden, grad_weight
+
+
+def _runs_in_one_launch(hidden: Tensor) -> bool:
+    aligned = hidden.shape[1] * hidden.element_size() % 16 == 0
+    if INTERPRETED:
+        return ONE_LAUNCH and aligned
+    on_tensor_cores = hidden.dtype == torch.bfloat16 and torch.cuda.get_device_capability(hidden.device)[0] == 9
+    return ONE_LAUNCH and aligned and on_tensor_cores
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:

@@ -43,8 +43,9 @@ def row_loss_and_gradient(
         b_arg = tl.zeros((BLOCK,), tl.int32)
         for first in tl.range(0, V, BLOCK, num_stages=STAGES):
             b_id = first + offsets
-            # Loads reach into the padding, which is the same for all of a vector load; its values do not count.
-            b_logit = tl.load(logits_row + b_id, mask=b_id < PITCH, other=0.0).to(tl.float32)
+            # Loads reach into the padding, which is the same for all of a vector load; its values do not count. They go
+            # past the first-level cache, since in a persistent launch other programs have written the row.
+            b_logit = tl.load(logits_row + b_id, mask=b_id < PITCH, other=0.0, cache_modifier=".cg").to(tl.float32)
             b_logit = tl.where(b_id < V, b_logit, float("-inf"))
             b_larger = b_logit > b_max
             b_ratio = tl.exp(-tl.abs(b_logit - b_max))
@@ -57,7 +58,7 @@ def row_loss_and_gradient(
 
         # A target outside the vocabulary cannot raise here; NaN in the loss and the gradient shows it.
         in_vocabulary = (target >= 0) & (target < V)
-        target_logit = tl.load(logits_row + tl.where(in_vocabulary, target, 0)).to(tl.float32)
+        target_logit = tl.load(logits_row + tl.where(in_vocabulary, target, 0), cache_modifier=".cg").to(tl.float32)
         tl.store(loss_ptr, tl.where(in_vocabulary, log_sum - target_logit, float("nan")))
         tl.store(correct_ptr, (predicted == target).to(tl.int32))
         if WRITE_GRADIENT:
@@ -67,7 +68,7 @@ def row_loss_and_gradient(
             scale = tl.where(in_vocabulary, scale, float("nan"))
             for first in tl.range(0, V, BLOCK, num_stages=STAGES):
                 b_id = first + offsets
-                b_logit = tl.load(logits_row + b_id, mask=b_id < PITCH, other=0.0).to(tl.float32)
+                b_logit = tl.load(logits_row + b_id, mask=b_id < PITCH, other=0.0, cache_modifier=".cg").to(tl.float32)
                 b_probability = tl.exp(tl.where(b_id < V, b_logit, float("-inf")) - log_sum)
                 b_grad = scale * (b_probability - tl.where(b_id == target, 1.0, 0.0))
                 tl.store(logits_row + b_id, b_grad.to(logits_row.dtype.element_ty), mask=b_id < PITCH)

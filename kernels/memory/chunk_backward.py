@@ -204,6 +204,7 @@ def memory_gradient_kernel(
     i_token = (i_b * num_tokens + first) * num_heads + i_h
     writes_ptr += i_token * WIDTH
     surprise_grad_ptr += i_token * WIDTH
+    value_grad_ptr += i_token * WIDTH
 
     coarse, fine, coarse_total, fine_total = chunk_decay(
         forget_ptr, forget_stride_t, start_ptr, start_stride_t, rows, is_token, HAS_STARTS
@@ -221,51 +222,65 @@ def memory_gradient_kernel(
     scores_grad = tl.zeros([LENGTH, LENGTH], dtype=tl.float32)
     query_grad = tl.zeros([WIDTH, LENGTH], dtype=tl.float32)
     key_grad = tl.zeros([WIDTH, LENGTH], dtype=tl.float32)
-    carried = 0.0
     if DELTA:
         write = sigmoid(tl.load(write_ptr + rows * write_stride_t, mask=is_token, other=0.0).to(tl.float32))
         system_grad = tl.zeros([LENGTH, LENGTH], dtype=tl.float32)
-        expected_grad = tl.zeros([WIDTH, LENGTH], dtype=tl.float32)
-    else:
-        weights = (scores * between).to(key.dtype)
     for i_tile in range(0, WIDTH, TILE):
         columns = i_tile + tl.arange(0, TILE)
-        state_offsets = channels[:, None] * WIDTH + columns[None, :]
-        value_grad_offsets = i_token * WIDTH + rows[:, None] * token_stride + columns[None, :]
         output_grad = load_tile(output_grad_ptr, output_grad_stride_t, rows, columns, is_token)
-        state = tl.load(states_ptr + state_offsets)
-        state_grad = tl.load(state_grads_ptr + state_offsets)
-        carried += tl.sum(state.to(tl.float32) * state_grad.to(tl.float32))
+        state = tl.load(states_ptr + channels[:, None] * WIDTH + columns[None, :])
         if DELTA:
             writes = load_tile(writes_ptr, token_stride, rows, columns, is_token)
             surprise_grad = load_tile(surprise_grad_ptr, token_stride, rows, columns, is_token)
             system_grad = tl.dot(surprise_grad, tl.trans(writes), system_grad, input_precision="ieee")
             value_grad = write[:, None] * surprise_grad.to(tl.float32)
             expected = (-from_start[:, None] * value_grad).to(key.dtype)
-            expected_grad = tl.dot(state, tl.trans(expected), expected_grad, input_precision="ieee")
+            key_grad = tl.dot(state, tl.trans(expected), key_grad, input_precision="ieee")
+            tl.store(
+                value_grad_ptr + rows[:, None] * token_stride + columns[None, :],
+                value_grad.to(value_grad_ptr.dtype.element_ty),
+                mask=is_token[:, None],
+            )
         else:
             writes = load_tile(value_ptr, value_stride_t, rows, columns, is_token)
-            value_grad = to_end[None, :] * tl.dot(tl.trans(state_grad), tl.trans(key), input_precision="ieee")
-            value_grad = tl.dot(tl.trans(output_grad), weights, value_grad, input_precision="ieee")
-            value_grad = tl.trans(value_grad)
         scores_grad = tl.dot(output_grad, tl.trans(writes), scores_grad, input_precision="ieee")
         query_grad = tl.dot(state, tl.trans(output_grad), query_grad, input_precision="ieee")
-        key_grad = tl.dot(state_grad, tl.trans(writes), key_grad, input_precision="ieee")
-        tl.store(
-            value_grad_ptr + value_grad_offsets, value_grad.to(value_grad_ptr.dtype.element_ty), mask=is_token[:, None]
-        )
+    query_grad *= from_start[None, :]
+    reads = tl.sum(query_grad * tl.trans(query).to(tl.float32), 0)
+    if DELTA:
+        expected_reads = tl.sum(key_grad * tl.trans(key).to(tl.float32), 0)
+        reads += expected_reads
+    else:
+        weights = (scores * between).to(key.dtype)
+
+    carried = 0.0
+    for i_tile in range(0, WIDTH, TILE):
+        columns = i_tile + tl.arange(0, TILE)
+        state_offsets = channels[:, None] * WIDTH + columns[None, :]
+        state_grad = tl.load(state_grads_ptr + state_offsets)
+        carried += tl.sum(tl.load(states_ptr + state_offsets).to(tl.float32) * state_grad.to(tl.float32))
+        if DELTA:
+            writes = load_tile(writes_ptr, token_stride, rows, columns, is_token)
+        else:
+            writes = load_tile(value_ptr, value_stride_t, rows, columns, is_token)
+            output_grad = load_transposed(output_grad_ptr, output_grad_stride_t, rows, columns, is_token)
+            value_grad = to_end[None, :] * tl.dot(tl.trans(state_grad), tl.trans(key), input_precision="ieee")
+            value_grad = tl.dot(output_grad, weights, value_grad, input_precision="ieee")
+            tl.store(
+                value_grad_ptr + rows[None, :] * token_stride + columns[:, None],
+                value_grad.to(value_grad_ptr.dtype.element_ty),
+                mask=is_token[None, :],
+            )
+        decayed_writes = (to_end[:, None] * writes.to(tl.float32)).to(key.dtype)
+        key_grad = tl.dot(state_grad, tl.trans(decayed_writes), key_grad, input_precision="ieee")
+    left = tl.sum(key_grad * tl.trans(key).to(tl.float32), 0)
 
     # The decay of token t scales every path from before t to t or later: pairs of tokens on either side of it, reads of
     # the incoming state at or after it, writes before it that reach the final state, and the state carried across.
-    query_grad *= from_start[None, :]
-    key_grad *= to_end[None, :]
-    reads = tl.sum(query_grad * tl.trans(query).to(tl.float32), 0)
-    left = tl.sum(key_grad * tl.trans(key).to(tl.float32), 0)
     scores_grad *= between
     pairs = scores_grad * scores
     if DELTA:
-        reads += tl.sum(expected_grad * tl.trans(key).to(tl.float32), 0)
-        key_grad += expected_grad
+        left -= expected_reads
         write_grad = tl.sum(tl.where(rows[:, None] == rows[None, :], system_grad, 0.0), 1) * (1.0 - write)
         tl.store(
             write_grad_ptr + i_token + rows * num_heads, write_grad.to(write_grad_ptr.dtype.element_ty), mask=is_token

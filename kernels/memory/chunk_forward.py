@@ -185,9 +185,10 @@ def memory_forward_kernel(
         else:
             query = load_tile(query_ptr + first * query_stride_t, query_stride_t, rows, channels, is_token)
             query = normalized_silu(query, eps)
-            scores = tl.dot(query, tl.trans(key), input_precision="ieee") * decay_between(coarse, fine, causal)
+            scores = tl.dot(key, tl.trans(query), input_precision="ieee")
+            scores *= tl.trans(decay_between(coarse, fine, causal))
             output = from_start[None, :] * tl.dot(rounded_state, tl.trans(query), input_precision="ieee")
-            output = tl.dot(writes, tl.trans(scores.to(key.dtype)), output, input_precision="ieee")
+            output = tl.dot(writes, scores.to(key.dtype), output, input_precision="ieee")
             tl.store(
                 output_ptr + first * token_stride + token_offsets,
                 output.to(output_ptr.dtype.element_ty),

@@ -4,13 +4,13 @@ Storage is float32 or bfloat16 and the state float32; products of bfloat16 stora
 kept for the backward pass but the arguments and, for the delta rule, one L x L matrix a chunk and head.
 """
 
+import kernels.launch  # noqa: F401, I001  before triton
 from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor
 
-import kernels.launch  # noqa: F401  before triton
 from kernels.launch import INTERPRETED, check_launchable
 from kernels.memory.chunk_backward import memory_gradient_kernel, memory_state_gradient_kernel
 from kernels.memory.chunk_forward import memory_forward_kernel, triangular_inverse_kernel
@@ -166,7 +166,8 @@ memory_forward.register_autograd(_differentiate, setup_context=_save_for_backwar
 
 @lru_cache
 def _has_large_shared(index: int) -> bool:
-    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin >= 227 * 1024
+    properties = torch.cuda.get_device_properties(index)
+    return properties.shared_memory_per_block_optin >= 227 * 1024  # type: ignore[attr-defined]  # not in the stubs
 
 
 def _table(value: Tensor, write_logit: Tensor | None) -> LaunchTable:
@@ -208,7 +209,7 @@ class _Call:
     def _strides(self, x: Tensor | None) -> tuple[int, ...]:
         return (0, 0, 0) if x is None else x.stride()[:3]
 
-    def _start_strides(self) -> tuple[int, int]:
+    def _start_strides(self) -> tuple[int, ...]:
         return (0, 0) if self.start is None else self.start.stride()
 
     def _common(self) -> dict[str, object]:

@@ -20,11 +20,9 @@ def philox_word(seed_low, seed_high, ids, positions, lanes):
     Returns:
         uint32 of that shape.
     """
-    c0, c1, c2 = (
-        ids.to(tl.uint32, bitcast=True),
-        positions.to(tl.uint32, bitcast=True),
-        lanes.to(tl.uint32, bitcast=True),
-    )
+    c0 = ids.to(tl.uint32, bitcast=True)
+    c1 = positions.to(tl.uint32, bitcast=True)
+    c2 = lanes.to(tl.uint32, bitcast=True)
     key0 = tl.zeros_like(ids) + seed_low
     key1 = tl.zeros_like(ids) + seed_high
     key0, key1 = key0.to(tl.uint32, bitcast=True), key1.to(tl.uint32, bitcast=True)
@@ -126,7 +124,7 @@ def filter_threshold(
     MIN_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The logit below which top-k, then top-p, then min-p drop a token; p_row holds logits after penalty and temperature.
+    """The logit below which top-k, then top-p, then min-p drop a token; p_row has penalty and temperature in it.
 
     Arguments:
         top_k: int32, at least 1 where TOP_K.

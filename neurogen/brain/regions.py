@@ -146,9 +146,7 @@ class CortexLayer(nn.Module):
             adaptation_decay=config.adaptation_decay,
             backend=backend,
         )
-        y = gated_norm(
-            out.spikes, gate, group_size=config.column_width, scale=go, eps=config.norm_eps, backend=backend
-        )
+        y = gated_norm(out.spikes, gate, group_size=config.column_width, scale=go, eps=config.norm_eps, backend=backend)
         x, h = add_norm(x, self.out_proj(y), eps=config.norm_eps, out_dtype=activation_dtype(x), backend=backend)
         activity = Activity(out.num_fired, out.num_saturated, x.shape[0] * x.shape[1])
         return x, self.mlp(h, backend), out.state, activity

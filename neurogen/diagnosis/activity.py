@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -117,9 +117,9 @@ def _watching(model: NeuroGen, hidden: dict[str, list[Tensor]], forgotten: dict[
     """Collect the workspace after every layer, `[1, 1, D]` a token, and every memory's forget logits, `[1, H]`."""
     handles = []
 
-    def watch(name: str, module: nn.Module) -> None:
+    def watch(name: str, module: nn.Module, workspace: Callable[[Any], Tensor]) -> None:
         def keep(_module: nn.Module, _inputs: Any, out: Any) -> None:
-            hidden.setdefault(name, []).append(out[0])
+            hidden.setdefault(name, []).append(workspace(out))
 
         handles.append(module.register_forward_hook(keep))
 
@@ -129,9 +129,9 @@ def _watching(model: NeuroGen, hidden: dict[str, list[Tensor]], forgotten: dict[
 
         handles.append(layer.forget.register_forward_hook(keep))
 
-    watch("thalamus", model.brain.thalamus)
+    watch("thalamus", model.brain.thalamus, lambda out: out[0])
     for name, layer in model.brain.layers().items():
-        watch(name, layer)
+        watch(name, layer, lambda out: out[0] + out[1])  # a layer leaves its MLP's part to be added
         if isinstance(layer, MemoryLayer):
             watch_forgetting(name, layer)
     try:

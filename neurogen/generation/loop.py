@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from kernels.sample import Sampling
 from neurogen.brain import BrainState
 from neurogen.errors import UserError
-from neurogen.generation.request import Generation, Request, check_prompt, check_stop
+from neurogen.generation.request import Generation, Request, check_prompt, check_stop, make_sampling
 from neurogen.probes import to_device
 
 if TYPE_CHECKING:
@@ -48,10 +47,13 @@ def generate(
         UserError: a prompt, an id, a state or a sampling setting is out of range.
     """
     check_prompt(input_ids, model.vocab_size, max_new_tokens)
-    try:
-        sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    sampling = make_sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
     if state is None:
         state = model.init_state(input_ids.shape[0])
     elif state.lanes != input_ids.shape[0]:
@@ -129,14 +131,9 @@ class HostCopyReader(HostReader):
 
 def token_loop(model: NeuroGen, request: Request, reader: Reader) -> Generation:
     """Read the prompt as one sequence, then draw tokens one at a time, each step a sequence of one token."""
-    num_lanes = request.input_ids.shape[0]
     device = request.input_ids.device
-    lanes = torch.arange(num_lanes, device=device)
+    lanes, seen = request.lane_numbers(), request.seen_tokens(model.vocab_size)
     stop_ids = torch.tensor(request.stop, dtype=torch.int64).to(device, non_blocking=True)
-    seen = None
-    if request.sampling.repetition_penalty != 1:
-        seen = torch.zeros(num_lanes, model.vocab_size, dtype=torch.bool, device=device)
-        seen.scatter_(1, request.input_ids, True)
 
     state, read = request.state, request.input_ids
     done = torch.zeros_like(lanes, dtype=torch.bool)

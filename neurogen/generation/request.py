@@ -25,6 +25,8 @@ class Request:
         seed: of the draws.
         stop: ids that end a lane.
         state: of B lanes, before the prompt.
+        lanes: `[B]` int64, the number each lane has in its draws; 0 to B - 1 if None.
+        seen: `[B, V]` bool, tokens read before the prompt that a repetition penalty counts too.
     """
 
     input_ids: Tensor
@@ -33,6 +35,25 @@ class Request:
     seed: int
     stop: tuple[int, ...]
     state: BrainState
+    lanes: Tensor | None = None
+    seen: Tensor | None = None
+
+    def lane_numbers(self) -> Tensor:
+        """`[B]` int64."""
+        if self.lanes is not None:
+            return self.lanes
+        return torch.arange(self.input_ids.shape[0], device=self.input_ids.device)
+
+    def seen_tokens(self, vocab_size: int) -> Tensor | None:
+        """`[B, V]` bool, tokens of the prompt and before; None without a repetition penalty. A new tensor."""
+        if self.sampling.repetition_penalty == 1:
+            return None
+        if self.seen is not None:
+            seen = self.seen.clone()
+        else:
+            shape = (self.input_ids.shape[0], vocab_size)
+            seen = torch.zeros(shape, dtype=torch.bool, device=self.input_ids.device)
+        return seen.scatter_(1, self.input_ids, True)
 
 
 @dataclass(frozen=True)
@@ -44,12 +65,19 @@ class Generation:
         log_probs: `[B, N]` float32, under the model's own softmax; 0 in the filling.
         lengths: `[B]` int64, tokens of each lane up to and including its stop token.
         state: each lane's after the last token it read; the lane's last token was drawn and not read.
+
+    A reply goes on from where it ended by giving back what is missing: `model.generate(reply.last_tokens(),
+    state=reply.state, seed=seed)` draws what a longer call would have drawn (a repetition penalty needs `seen` too).
     """
 
     tokens: Tensor
     log_probs: Tensor
     lengths: Tensor
     state: BrainState
+
+    def last_tokens(self) -> Tensor:
+        """`[B, 1]` int64, the token of each lane that was drawn and not read. A call gives one at least."""
+        return self.tokens[:, -1:]
 
     def replies(self) -> list[list[int]]:
         """Each lane's ids without the filling, in one copy to the host."""
@@ -83,3 +111,11 @@ def check_stop(stop: Sequence[int], vocab_size: int) -> tuple[int, ...]:
         if not 0 <= token_id < vocab_size:
             raise UserError(f"stop has token id {token_id}; the vocabulary is 0..{vocab_size - 1}")
     return tuple(int(token_id) for token_id in stop)
+
+
+def make_sampling(*, temperature: float, top_k: int, top_p: float, min_p: float, repetition_penalty: float) -> Sampling:
+    """The settings of a draw; UserError for one out of range."""
+    try:
+        return Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
+    except ValueError as error:
+        raise UserError(str(error)) from error

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from kernels.sample import SampleOutput, Sampling
 from neurogen.brain import Decoder
+from neurogen.generation.launch import launch_or_loop
 from neurogen.modes.unfused import UnfusedMode
+
+if TYPE_CHECKING:
+    from neurogen.generation import Generation, Request
+    from neurogen.model import NeuroGen
 
 
 class FusedMode(UnfusedMode):
@@ -38,3 +45,7 @@ class FusedMode(UnfusedMode):
             seen=seen,
             backend=self.backend,
         )
+
+    def generate(self, model: NeuroGen, request: Request) -> Generation:
+        """The prompt as one sequence, then all tokens in one launch."""
+        return launch_or_loop(model, request)

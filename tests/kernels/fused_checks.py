@@ -17,8 +17,6 @@ from torch import Tensor
 
 from kernels.offline import SHARED_LIMITS
 
-CAPABILITIES = (89, 90)
-
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """norm(actual - expected) / norm(expected) in float64; the plain norm of actual where expected is zero."""
@@ -65,12 +63,12 @@ class Compiled(NamedTuple):
     machine_code: str
 
 
-def check_compiled(cases: list[CompileCase]) -> list[Compiled]:
-    """Compile each case for every capability of `CAPABILITIES`, case by case, in one new process, whose kernels are
+def check_compiled(cases: list[CompileCase], capabilities: tuple[int, ...] = (89, 90)) -> list[Compiled]:
+    """Compile each case for every capability, case by case, in one new process, whose kernels are
     defined with the interpreter off; assert that nothing spills and blocks fit into shared memory."""
     run = subprocess.run(
         [sys.executable, __file__],
-        input=json.dumps([case._asdict() for case in cases]),
+        input=json.dumps([case._asdict() | {"capabilities": capabilities} for case in cases]),
         env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
@@ -78,7 +76,7 @@ def check_compiled(cases: list[CompileCase]) -> list[Compiled]:
     )
     assert run.returncode == 0, run.stderr[-4000:]
     results = [Compiled(**entry) for entry in json.loads(run.stdout)]
-    targets = [(case, capability) for case in cases for capability in CAPABILITIES]
+    targets = [(case, capability) for case in cases for capability in capabilities]
     for (case, capability), compiled in zip(targets, results, strict=True):
         assert compiled.stack_bytes == 0, (case.kernel, capability)
         assert compiled.shared_bytes <= SHARED_LIMITS[capability], (case.kernel, capability)
@@ -90,10 +88,11 @@ def _main() -> None:
 
     results = []
     for entry in json.load(sys.stdin):
+        capabilities = entry.pop("capabilities")
         case = CompileCase(**entry)
         kernel = getattr(importlib.import_module(case.module), case.kernel)
         signature = {name: case.signature.get(name, "constexpr") for name in kernel.arg_names}
-        for capability in CAPABILITIES:
+        for capability in capabilities:
             resources, machine_code = compile_kernel(
                 kernel,
                 signature,

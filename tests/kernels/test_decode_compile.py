@@ -1,5 +1,6 @@
 """The decoder's kernels compile for the GPUs they are meant for, and nothing spills."""
 
+import pytest
 from fused_checks import CompileCase, check_compiled
 
 ROWS = {
@@ -20,3 +21,36 @@ def test_no_spills():
         CompileCase("kernels.decode.rows", "scale_kernel", SCALE, {"BLOCK": 4096, "PROGRAMS": 1024}, 8),
     ]
     check_compiled(cases)
+
+
+def tiles(dtype, rows, columns):
+    return f"tensordesc<{dtype}[{rows}, {columns}]>"
+
+
+@pytest.mark.parametrize("weight_dtype", ["bf16", "fp32"])
+def test_one_launch_has_no_spills_and_reads_through_descriptors(weight_dtype):
+    signature = {
+        "hidden_by_row": tiles("bf16", 128, 64),
+        "hidden_by_depth": tiles("bf16", 64, 256),
+        "weight_by_row": tiles("bf16", 256, 64),
+        "weight_by_depth": tiles("bf16", 64, 256),
+        "logits_by_row": tiles("bf16", 128, 64),
+        "logits_by_depth": tiles("bf16", 64, 128),
+        "logits_ptr": "*bf16",
+        "target_ptr": "*i64",
+        "num_targets_ptr": "*i64",
+        "loss_ptr": "*fp32",
+        "correct_ptr": "*i32",
+        "grad_hidden_ptr": "*bf16",
+        "grad_weight_ptr": f"*{weight_dtype}",
+        "counter_ptr": "*i32",
+        "num_tokens": "i32",
+        "chunk_rows": "i32",
+        "ignore_index": "i32",
+    }
+    constants = {"D": 1536, "V": 50257, "PITCH": 50304, "BM": 128, "BN": 256, "BK": 64}
+    constants |= {"BLOCK": 4096, "ROW_STAGES": 2, "THREADS": 256, "SINGLE": False}
+    case = CompileCase("kernels.decode.one_launch", "decode_one_launch_kernel", signature, constants, 8, 3)
+    (compiled,) = check_compiled([case], capabilities=(90,))
+    assert compiled.machine_code.count("HGMMA.64x256x16") == 12
+    assert compiled.machine_code.count("UTMALDG") == 18

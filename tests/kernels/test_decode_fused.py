@@ -52,6 +52,17 @@ def test_chunks_of_rows(num_tokens, monkeypatch):
     check(inputs)
 
 
+@pytest.mark.parametrize(("num_tokens", "vocab_size", "width"), [(1, 1, 4), (16, 64, 16), (17, 65, 36), (37, 90, 8)])
+def test_one_launch(num_tokens, vocab_size, width, monkeypatch):
+    """Chunks of 16 rows, and tiles that do not divide anything."""
+    monkeypatch.setattr(fused, "ONE_LAUNCH", True)
+    monkeypatch.setattr(fused, "LOGITS_BYTES", 16 * 128 * 4)
+    monkeypatch.setattr(fused, "_CHUNK_MULTIPLE", 16)
+    inputs = make_inputs(num_tokens=num_tokens, vocab_size=vocab_size, width=width, ignored=0.3 * (num_tokens > 1))
+    poison_new_memory(monkeypatch)
+    check(inputs, upstream=0.5)
+
+
 @pytest.mark.parametrize("vocab_size", [1, 2, 64, 65, 4096, 4097, 9001])
 def test_vocabulary_sizes(vocab_size, monkeypatch):
     inputs = make_inputs(num_tokens=3, width=5, vocab_size=vocab_size)
@@ -169,10 +180,12 @@ def test_refuses_float64():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("one_launch", [False, True])
 @pytest.mark.parametrize(("dtype", "weight_dtype"), [("float32",) * 2, ("bfloat16",) * 2, ("bfloat16", "float32")])
 @pytest.mark.parametrize("num_tokens", [1, 33, 4097])
 @pytest.mark.parametrize(("width", "vocab_size"), [(128, 256), (1536, 50257)])
-def test_on_gpu(width, vocab_size, num_tokens, dtype, weight_dtype):
+def test_on_gpu(width, vocab_size, num_tokens, dtype, weight_dtype, one_launch, monkeypatch):
+    monkeypatch.setattr(fused, "ONE_LAUNCH", one_launch)
     inputs = make_inputs(num_tokens=num_tokens, width=width, vocab_size=vocab_size, ignored=0.1 * (num_tokens > 1))
     inputs = (inputs[0], inputs[1] / width**0.5, inputs[2])
     check(inputs, device="cuda", dtype=getattr(torch, dtype), weight_dtype=getattr(torch, weight_dtype), upstream=0.5)
@@ -195,7 +208,9 @@ def test_working_memory_on_gpu(weight_dtype):
 
 
 @pytest.mark.gpu
-def test_same_bits_twice_on_gpu():
+@pytest.mark.parametrize("one_launch", [False, True])
+def test_same_bits_twice_on_gpu(one_launch, monkeypatch):
+    monkeypatch.setattr(fused, "ONE_LAUNCH", one_launch)
     inputs = make_inputs(num_tokens=5000, width=512, vocab_size=50257, dtype=torch.bfloat16)
     first, second = run("fused", inputs, device="cuda"), run("fused", inputs, device="cuda")
     assert torch.equal(first[0].loss, second[0].loss)

@@ -46,7 +46,7 @@ def run(backend, inputs, *, dtype, device="cpu", out_dtype=None, use_total=True)
 def check(shape, *, dtype=torch.float32, device="cpu", with_delta=True, use_total=True):
     inputs = [None if z is None else z.to(dtype) for z in make_inputs(shape, with_delta=with_delta)]
     results = run("fused", inputs, dtype=dtype, device=device, use_total=use_total)
-    expected = run("reference", inputs, dtype=torch.float64, use_total=use_total)
+    expected = run("reference", inputs, dtype=torch.float64, device=device, use_total=use_total)
     assert len(results) == len(expected) == (4 if with_delta else 3)
     for i, (actual, exact) in enumerate(zip(results, expected, strict=True)):
         assert actual.dtype == dtype

@@ -83,8 +83,10 @@ def generate_in_buffers(model: NeuroGen, request: Request) -> Generation:
         lanes = _Lanes(request, room)
         reader = PolledReader(request, room.device)
         x = room.buffer(num_lanes, model.config.embedding_dim)
-        if sample.seen is not None:
-            sample.seen.scatter_(1, request.input_ids, True)
+        sample.number_lanes(request.lane_numbers())
+        seen = request.seen_tokens(model.vocab_size)
+        if sample.seen is not None and seen is not None:
+            sample.seen.copy_(seen)
         steps.start(request.state)
         steps.relay.start_documents(None)
         for t in range(num_prompt):

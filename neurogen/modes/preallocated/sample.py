@@ -100,6 +100,11 @@ class SampleStep:
         self.log_min_p = torch.log(torch.tensor(sampling.min_p))
         self.philox = PhiloxStep(room, vocab_size, seed) if sampling.temperature > 0 else None
 
+    def number_lanes(self, lanes: Tensor) -> None:
+        """Give lanes other numbers in their draws than 0 to B - 1; lanes `[B]` int64."""
+        if self.philox is not None:
+            self.philox.lanes.copy_(lanes.unsqueeze(-1))
+
     def draw(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens `[B]` and their log-probabilities `[B]`, in buffers the next draw overwrites."""
         raw, scores = self.raw, self.scores

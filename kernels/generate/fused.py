@@ -1,0 +1,134 @@
+"""Generate N tokens in one cooperative Triton launch."""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+import kernels.launch  # noqa: F401  first: it chooses the interpreter
+from kernels.generate.kernel import generate_kernel
+from kernels.generate.layout import BrainShape, GenerateOutput, PackedBrain, PackedState
+from kernels.generate.limits import check_shape
+from kernels.generate.tiles import choose_tiles
+from kernels.launch import INTERPRETED, check_launchable
+from kernels.sample import Sampling
+
+
+def generate_fused(
+    brain: PackedBrain,
+    state: PackedState,
+    token_ids: Tensor,
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    lanes: Tensor,
+    stop_ids: Tensor,
+    seen: Tensor | None = None,
+) -> GenerateOutput:
+    """See `kernels.generate.generate`; the number of launches does not depend on the number of tokens."""
+    check_launchable("generate", token_ids, brain.embedding, brain.matrices, brain.vectors, *state)
+    shape, num_lanes, device = brain.shape, token_ids.shape[0], token_ids.device
+    check_shape(shape, num_lanes)
+    num_programs = 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+    tiles = choose_tiles(shape, num_lanes, brain.matrices.dtype, num_programs)
+    greedy = sampling.temperature == 0
+    filters = {
+        "TOP_K": 0 < sampling.top_k < shape.vocab_size,
+        "TOP_P": sampling.top_p < 1,
+        "MIN_P": sampling.min_p > 0,
+    }
+    penalty = sampling.repetition_penalty != 1
+    assert seen is not None or not penalty, "a repetition penalty needs the tokens seen so far"
+
+    cortex, fast_weight = state.cortex.clone(), state.fast_weight.clone()
+    num_ids = shape.num_taps + max_new_tokens
+    ids = torch.zeros(num_lanes, num_ids, dtype=torch.int64, device=device)
+    ids[:, : shape.num_taps] = torch.cat([state.recent_ids, token_ids[:, None]], 1)
+    log_probs = torch.zeros(num_lanes, max_new_tokens, device=device)
+    lengths = torch.zeros(num_lanes, dtype=torch.int32, device=device)
+    seen_bytes = seen.to(torch.int8) if penalty and seen is not None else lengths
+    scratch = _scratch(shape, num_lanes, num_programs, any(filters.values()) and not greedy, device)
+    low, high = (_signed(seed & 0xFFFFFFFF), _signed((seed >> 32) & 0xFFFFFFFF))
+
+    generate_kernel[(num_programs,)](
+        brain.embedding,
+        brain.decoder,
+        brain.matrices,
+        brain.vectors,
+        ids,
+        log_probs,
+        lengths,
+        seen_bytes,
+        stop_ids,
+        lanes,
+        state.position,
+        cortex,
+        fast_weight,
+        *scratch,
+        torch.zeros(1, dtype=torch.int64, device=device),
+        num_lanes,
+        shape.num_wernicke,
+        shape.num_memory,
+        shape.num_broca,
+        num_ids,
+        len(stop_ids),
+        max_new_tokens,
+        low,
+        high,
+        sampling.temperature,
+        sampling.repetition_penalty,
+        sampling.top_p,
+        math.log(sampling.min_p) if sampling.min_p > 0 else 0.0,
+        sampling.top_k,
+        D=shape.width,
+        C=shape.column_width,
+        N=shape.head_width,
+        M=shape.mlp_width,
+        V=shape.vocab_size,
+        TAPS=shape.num_taps,
+        GRADED=shape.spike_kind == "graded",
+        DELTA=shape.rule == "delta",
+        GO=shape.go_gate,
+        THETA=shape.threshold,
+        BETA=shape.adaptation_strength,
+        RHO=shape.adaptation_decay,
+        EPS=shape.eps,
+        GREEDY=greedy,
+        PENALTY=penalty,
+        **filters,
+        BS=triton.next_power_of_2(max(len(stop_ids), 1)),
+        SINGLE=num_programs == 1,
+        **tiles.constexprs(),
+        num_warps=tiles.num_warps,
+        launch_cooperative_grid=not INTERPRETED,
+    )
+    reads = torch.where(lengths > 0, lengths, max_new_tokens).to(torch.int64)
+    recent = reads[:, None] + torch.arange(shape.num_taps - 1, device=device)
+    new_state = PackedState(state.position + reads, ids.gather(1, recent), cortex, fast_weight)
+    # Columns after the last lane's end were never written; nothing here waits to learn how many there are.
+    column = torch.arange(max_new_tokens, device=device).minimum(reads[:, None] - 1)
+    return GenerateOutput(ids[:, shape.num_taps :].gather(1, column), log_probs, reads, new_state)
+
+
+def _signed(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word
+
+
+def _scratch(
+    shape: BrainShape, num_lanes: int, num_programs: int, filtered: bool, device: torch.device
+) -> list[Tensor]:
+    """Activations between phases, in the kernel's order."""
+    sizes = [
+        num_lanes * shape.width,
+        num_lanes * shape.width * 4,
+        num_lanes * shape.width,
+        num_lanes * shape.mlp_width,
+        num_lanes * shape.num_columns,
+        num_programs * num_lanes * 4,
+    ]
+    floats = [torch.empty(size, device=device) for size in sizes]
+    candidate_id = torch.empty(num_programs * num_lanes, dtype=torch.int32, device=device)
+    logits = torch.empty(3 * num_lanes * shape.vocab_size if filtered else 1, device=device)
+    return [*floats, candidate_id, logits]

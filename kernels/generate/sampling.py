@@ -1,0 +1,208 @@
+"""The last phases of a token: logits, the token drawn from them, and the relay of the token into the workspace.
+
+Each program races its own share of the vocabulary (the draw of an id depends on nothing but seed, lane, position and
+id) and leaves one candidate a lane; a lane's winner is found from P candidates, or, where a filter needs to see all
+logits, by one program a lane.
+"""
+
+import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
+import triton
+import triton.language as tl
+
+from kernels.generate.device import project, share
+from kernels.sample.device import exponential_draw, filter_threshold, penalized, philox_word
+
+
+@triton.jit
+def race(
+    p_x,
+    p_decoder,
+    p_seen,
+    p_lanes,
+    p_positions,
+    p_candidate,
+    p_candidate_id,
+    p_logits,
+    step,
+    num_lanes,
+    seed_low,
+    seed_high,
+    temperature,
+    penalty,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    GREEDY: tl.constexpr,
+    PENALTY: tl.constexpr,
+    FILTER: tl.constexpr,
+    EPS: tl.constexpr,
+    BL: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    DOT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Logits of this program's ids, and per lane its best id with the score and logit of that, and the largest logit
+    with the sum of exp(logit - largest). With FILTER also all raw logits, processed logits and scores, `[3, B, V]`."""
+    o_l = tl.arange(0, BL)
+    in_batch = o_l < num_lanes
+    tile, last = share(V, 1)
+    best = tl.full([BL], float("-inf"), tl.float32)
+    best_id = tl.zeros([BL], tl.int32)
+    best_raw = tl.full([BL], float("-inf"), tl.float32)
+    largest = tl.full([BL], float("-inf"), tl.float32)
+    total = tl.zeros([BL], tl.float32)
+    # Counters are taken modulo 2^32, as the definition does.
+    lane_number = tl.load(p_lanes + o_l, mask=in_batch, other=0).to(tl.int32)
+    position = (tl.load(p_positions + o_l, mask=in_batch, other=0) + step + 1).to(tl.int32)
+    while tile < last:
+        p_w = p_decoder + tile.to(tl.int64) * D
+        raw, _ = project(p_x, p_w, last - tile, num_lanes, 0, D, True, False, EPS, BL, BR, BK, DOT, STAGES)
+        o_v = tile + tl.arange(0, BR)
+        ids = (o_v < last)[None, :]
+        mask = in_batch[:, None] & ids
+        o_n = o_l[:, None] * V + o_v[None, :]
+        z = raw
+        if PENALTY:
+            seen = tl.load(p_seen + o_n, mask=mask, other=0, cache_modifier=".cg") != 0
+            z = penalized(raw, seen, penalty)
+        score = z
+        if not GREEDY:
+            z = z / temperature
+            counter = tl.zeros([BL, BR], tl.int32)
+            word = philox_word(
+                seed_low, seed_high, counter + o_v[None, :], counter + position[:, None], counter + lane_number[:, None]
+            )
+            score = z - tl.log(exponential_draw(word))
+        if FILTER:
+            tl.store(p_logits + o_n, raw, mask=mask)
+            tl.store(p_logits + num_lanes * V + o_n, z, mask=mask)
+            tl.store(p_logits + 2 * num_lanes * V + o_n, score, mask=mask)
+        score = tl.where(ids, score, float("-inf"))
+        top = tl.max(score, 1)
+        top_id = tile + tl.argmax(score, 1, tie_break_left=True)
+        better = top > best
+        hit = o_v[None, :] == top_id[:, None]
+        best_raw = tl.where(better, tl.sum(tl.where(hit, raw, 0.0), 1), best_raw)
+        best_id = tl.where(better, top_id, best_id)
+        best = tl.maximum(top, best)
+        new_largest = tl.maximum(largest, tl.max(tl.where(ids, raw, float("-inf")), 1))
+        total = total * tl.exp(largest - new_largest)
+        total += tl.sum(tl.where(ids, tl.exp(raw - new_largest[:, None]), 0.0), 1)
+        largest = new_largest
+        tile += BR
+    o_c = tl.program_id(0) * num_lanes + o_l
+    plane = tl.num_programs(0) * num_lanes
+    tl.store(p_candidate + o_c, best, mask=in_batch)
+    tl.store(p_candidate + plane + o_c, best_raw, mask=in_batch)
+    tl.store(p_candidate + 2 * plane + o_c, largest, mask=in_batch)
+    tl.store(p_candidate + 3 * plane + o_c, total, mask=in_batch)
+    tl.store(p_candidate_id + o_c, best_id, mask=in_batch)
+
+
+@triton.jit
+def winner(lane, p_candidate, p_candidate_id, num_lanes, BP: tl.constexpr):
+    """The best candidate of a lane: its id, its logit, and log sum exp of all logits. Ties go to the lowest id, since
+    programs hold ids in order."""
+    o_p = tl.arange(0, BP)
+    inside = o_p < tl.num_programs(0)
+    o_c = o_p * num_lanes + lane
+    plane = tl.num_programs(0) * num_lanes
+    score = tl.load(p_candidate + o_c, mask=inside, other=float("-inf"), cache_modifier=".cg")
+    raw = tl.load(p_candidate + plane + o_c, mask=inside, other=0.0, cache_modifier=".cg")
+    largest = tl.load(p_candidate + 2 * plane + o_c, mask=inside, other=float("-inf"), cache_modifier=".cg")
+    total = tl.load(p_candidate + 3 * plane + o_c, mask=inside, other=0.0, cache_modifier=".cg")
+    ids = tl.load(p_candidate_id + o_c, mask=inside, other=0, cache_modifier=".cg")
+    hit = o_p == tl.argmax(score, 0, tie_break_left=True)
+    top = tl.max(largest, 0)
+    log_sum = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
+    return tl.sum(tl.where(hit, ids, 0), 0), tl.sum(tl.where(hit, raw, 0.0), 0), log_sum
+
+
+@triton.jit
+def filtered_winner(
+    lane,
+    p_logits,
+    num_lanes,
+    top_k,
+    top_p,
+    log_min_p,
+    V: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    MIN_P: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """The best-scoring id that the filters keep, and its logit."""
+    plane = num_lanes * V
+    p_row = p_logits + lane * V
+    threshold = filter_threshold(p_row + plane, V, top_k, top_p, log_min_p, TOP_K, TOP_P, MIN_P, BV)
+    best = tl.full([], float("-inf"), tl.float32)
+    token = tl.full([], 0, tl.int32)
+    start = tl.full([], 0, tl.int32)
+    while start < V:
+        o_v = start + tl.arange(0, BV)
+        z = tl.load(p_row + plane + o_v, mask=o_v < V, other=float("-inf"), cache_modifier=".cg")
+        score = tl.load(p_row + 2 * plane + o_v, mask=o_v < V, other=float("-inf"), cache_modifier=".cg")
+        score = tl.where(z >= threshold, score, float("-inf"))
+        top = tl.max(score, 0)
+        token = tl.where(top > best, start + tl.argmax(score, 0, tie_break_left=True), token)
+        best = tl.maximum(top, best)
+        start += BV
+    return token, tl.load(p_row + token, cache_modifier=".cg")
+
+
+@triton.jit
+def record(
+    lane, token, log_prob, step, p_ids, p_log_probs, p_lengths, p_seen, p_stop, num_ids, num_stop, limit,
+    V: tl.constexpr, TAPS: tl.constexpr, PENALTY: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Write a lane's token behind the ids it has read, `[B, num_ids]`, and return it; a lane that has ended repeats its
+    last. Every store gives the same value however often it is made, as several programs may record the same token."""
+    p_token = p_ids + lane * num_ids + step + TAPS
+    length = tl.load(p_lengths + lane, cache_modifier=".cg")
+    active = (length == 0) | (length > step)
+    previous = tl.load(p_token - 1, cache_modifier=".cg")
+    token = tl.where(active, token.to(tl.int64), previous)
+    tl.store(p_token, token)
+    tl.store(p_log_probs + lane * limit + step, tl.where(active, log_prob, 0.0))
+    o_s = tl.arange(0, BS)
+    stops = tl.load(p_stop + o_s, mask=o_s < num_stop, other=-1)
+    stopped = tl.max((stops == token).to(tl.int32), 0) > 0
+    tl.store(p_lengths + lane, step + 1, mask=active & stopped)
+    if PENALTY:
+        tl.store(p_seen + lane * V + token, 1)
+    return token
+
+
+@triton.jit
+def relay_lane(
+    lane,
+    token,
+    step,
+    p_ids,
+    num_ids,
+    p_embedding,
+    p_taps,
+    p_x,
+    D: tl.constexpr,
+    TAPS: tl.constexpr,
+    EPS: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """x = sum_j taps[j] * rms(E[id j places back]) for the token a lane reads at `step`; -1 is no token."""
+    o_j, o_d = tl.arange(0, TAPS), tl.arange(0, BD)
+    inside = (o_d < D)[None, :]
+    p_past = p_ids + lane * num_ids + step + TAPS - 1 - o_j
+    ids = tl.where(o_j == 0, token, tl.load(p_past, mask=o_j > 0, other=0, cache_modifier=".cg"))
+    e = tl.load(p_embedding + (tl.maximum(ids, 0) * D)[:, None] + o_d[None, :], mask=inside, other=0.0).to(tl.float32)
+    gain = tl.load(p_taps + o_j[:, None] * D + o_d[None, :], mask=inside & (ids >= 0)[:, None], other=0.0)
+    scale = tl.rsqrt(tl.sum(e * e, 1) / D + EPS)
+    tl.store(p_x + lane * D + o_d, tl.sum(gain * e * scale[:, None], 0), mask=o_d < D)
+
+
+@triton.jit
+def all_ended(p_lengths, num_lanes, step, BL: tl.constexpr):
+    """Whether every lane has met a stop token at or before `step`."""
+    o_l = tl.arange(0, BL)
+    length = tl.load(p_lengths + o_l, mask=o_l < num_lanes, other=1, cache_modifier=".cg")
+    return tl.min(((length > 0) & (length <= step + 1)).to(tl.int32), 0) > 0

@@ -1,0 +1,105 @@
+"""A model and its state in the flat form the generating launch reads, and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kernels.cortex import CortexState
+from kernels.generate import BrainShape, PackedBrain, PackedState
+from neurogen.brain import BrainConfig, BrainState, MemoryState
+from neurogen.brain.config import NUM_TAPS
+from neurogen.brain.regions import CortexLayer, MemoryLayer
+
+if TYPE_CHECKING:
+    from neurogen.model import NeuroGen
+
+
+def brain_shape(config: BrainConfig, vocab_size: int) -> BrainShape:
+    """The launch's view of a config."""
+    return BrainShape(
+        width=config.embedding_dim,
+        column_width=config.column_width,
+        head_width=config.head_width,
+        mlp_width=config.mlp_width,
+        vocab_size=vocab_size,
+        num_wernicke=config.wernicke_depth,
+        num_memory=config.hippocampus_depth + config.pfc_depth,
+        num_broca=config.broca_depth,
+        num_taps=NUM_TAPS,
+        spike_kind=config.spike,
+        rule=config.memory_rule,
+        go_gate=config.go_gate and config.broca_depth > 0,
+        threshold=config.threshold,
+        adaptation_strength=config.adaptation_strength,
+        adaptation_decay=config.adaptation_decay,
+        eps=config.norm_eps,
+    )
+
+
+def pack_brain(model: NeuroGen, dtype: torch.dtype | None = None) -> PackedBrain:
+    """A copy of the model's weights for the launch, with matrices in `dtype` (the model's own if None).
+
+    It is made anew for each reply: a cached copy would outlive the next update of the weights, and copying costs about
+    as much as generating two tokens.
+    """
+    dtype = dtype or model.embedding.weight.dtype
+    shape = brain_shape(model.config, model.vocab_size)
+    matrices, vectors = [], []
+    for layer in model.brain.layers().values():
+        assert isinstance(layer, CortexLayer | MemoryLayer)
+        projections = (layer.in_proj, layer.out_proj, layer.mlp.in_proj, layer.mlp.out_proj)
+        matrices += [projection.weight.detach().to(dtype).flatten() for projection in projections]
+        vectors.append(_layer_vectors(layer))
+    if model.brain.basal_ganglia is not None:
+        go = model.brain.basal_ganglia.go
+        vectors.append(_padded([go.weight, go.bias]))
+    vectors.append(_padded([model.brain.thalamus.taps]))
+    empty = model.embedding.weight.new_zeros(0, dtype=dtype)
+    return PackedBrain(
+        shape,
+        model.embedding.weight.detach().to(dtype).contiguous(),
+        model.decoder.weight.detach().to(dtype).contiguous(),
+        torch.cat([empty, *matrices]),
+        torch.cat(vectors),
+    )
+
+
+def _layer_vectors(layer: CortexLayer | MemoryLayer) -> Tensor:
+    if isinstance(layer, CortexLayer):
+        return _padded([layer.lateral_weight, torch.sigmoid(layer.decay_logit.float()), layer.drive_bias])
+    gates = [layer.forget] if layer.write is None else [layer.forget, layer.write]
+    return _padded([tensor for gate in gates for tensor in (gate.weight, gate.bias)])
+
+
+def _padded(tensors: list[Tensor]) -> Tensor:
+    """Flat float32, with zeros up to a multiple of 64 elements."""
+    flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors])
+    return torch.nn.functional.pad(flat, (0, -len(flat) % 64))
+
+
+def pack_state(model: NeuroGen, state: BrainState) -> PackedState:
+    """A state's tensors stacked by kind, float32."""
+    config, lanes, device = model.config, state.lanes, state.position.device
+    cortex = [torch.stack(layer) for layer in state.layers.values() if isinstance(layer, CortexState)]
+    fast = [layer.fast_weight for layer in state.layers.values() if isinstance(layer, MemoryState)]
+    no_cortex = torch.zeros(0, 3, lanes, config.embedding_dim, device=device)
+    no_fast = torch.zeros(0, lanes, config.num_heads, config.head_width, config.head_width, device=device)
+    return PackedState(
+        state.position,
+        state.recent_ids,
+        torch.stack(cortex).float() if cortex else no_cortex,
+        torch.stack(fast).float() if fast else no_fast,
+    )
+
+
+def unpack_state(packed: PackedState, like: BrainState) -> BrainState:
+    """The inverse of `pack_state` for a state with the layers of `like`."""
+    cortex, fast = iter(packed.cortex), iter(packed.fast_weight)
+    layers = {
+        name: CortexState(*next(cortex)) if isinstance(layer, CortexState) else MemoryState(next(fast))
+        for name, layer in like.layers.items()
+    }
+    return BrainState(packed.position, packed.recent_ids, layers)
