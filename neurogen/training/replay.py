@@ -161,7 +161,7 @@ def bundle_arguments(
 
 
 def replay(path: str, *, mode: ModeConfig, device: str, dtype: str) -> list[str]:
-    """Run a bundle's step again, forward and backward; return lines that say what came first.
+    """Run a bundle's step again, forward, backward and the gradients' norm; return lines that say what came first.
 
     Raises UserError if there is no bundle at `path`.
     """
@@ -188,9 +188,9 @@ def replay(path: str, *, mode: ModeConfig, device: str, dtype: str) -> list[str]
             )
         assert out.loss is not None
         out.loss.backward()
-    squares = [param.grad.double().square().sum() for param in trained.model.parameters() if param.grad is not None]
-    norm = math.sqrt(float(torch.stack(squares).sum()))
-    lines.append(f"loss {float(out.loss.detach()):.6g}, gradient norm {norm:.6g}")
+        grads = [param.grad for param in trained.model.parameters() if param.grad is not None]
+        norm = nn.utils.get_total_norm(grads)  # its squares can overflow where no gradient does
+    lines.append(f"loss {float(out.loss.detach()):.6g}, gradient norm {float(norm):.6g}")
     if watch.finding is None:
         lines.append("every operation was finite: the step was skipped as an outlier, or only another device shows it")
     else:

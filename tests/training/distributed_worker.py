@@ -1,10 +1,13 @@
 """One of two processes of tests/training/test_distributed.py: several runs, one process group after the other.
 
+The run named signal gets a SIGTERM in its first step, in the second process only.
+
 Arguments: a folder to work in, and for each run a port and the file of its overrides (a JSON list).
 """
 
 import json
 import os
+import signal
 import sys
 import traceback
 
@@ -14,6 +17,16 @@ import neurogen.training.recorder as recorder
 from neurogen.config.compose import compose_config
 from neurogen.errors import UserError
 from neurogen.training.run import train
+from neurogen.training.update import Update
+
+call = Update.__call__
+
+
+def signalled(self, *args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    Update.__call__ = call
+    return call(self, *args)
+
 
 torch.set_num_threads(1)
 recorder.plot_run = lambda path: []
@@ -23,6 +36,8 @@ for job in sys.argv[2:]:
     os.environ["MASTER_PORT"] = port
     with open(f"{name}.json") as file:
         overrides = json.load(file)
+    if name == "signal" and os.environ["RANK"] == "1":
+        Update.__call__ = signalled
     try:
         code = train(compose_config(overrides))
         outcome = f"code {code}"

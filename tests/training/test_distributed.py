@@ -35,6 +35,7 @@ RUNS: dict[str, list[str]] = {
     "muon": ["trainer.distributed=fsdp", "optimizer=muon", "model.tie_embedding=false"],
     "half": ["trainer.distributed=ddp", "trainer.accumulation=2", "trainer.log_every=2", "trainer.stop_at_step=3"],
     "rest": ["trainer.distributed=fsdp", "trainer.accumulation=2", "trainer.log_every=2", "resume=one_half"],
+    "signal": ["trainer.distributed=ddp"],
     "odd": ["trainer.distributed=ddp", "data.lanes=3"],
 }
 
@@ -152,6 +153,12 @@ def test_one_process_writes(runs: Path) -> None:
     assert json.loads((runs / "ddp/status.json").read_text())["state"] == "finished"
     for name in ("ddp", "fsdp", "rest"):
         assert [(runs / f"{name}.{rank}.outcome").read_text() for rank in (0, 1)] == ["code 0", "code 0"]
+
+
+def test_a_signal_to_one_ends_all_and_is_saved(runs: Path) -> None:
+    assert [(runs / f"signal.{rank}.outcome").read_text() for rank in (0, 1)] == ["code 143", "code 143"]
+    assert load_checkpoint(runs / "signal").step == 1
+    assert json.loads((runs / "signal/status.json").read_text())["state"] == "interrupted"
 
 
 def test_lanes_that_do_not_divide_are_refused_by_all(runs: Path) -> None:

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neurogen.config.compose import compose_config
-from neurogen.config.schema import Config, ModeConfig
+from neurogen.config.schema import AdamWConfig, Config, ModeConfig
 from neurogen.errors import UserError
 from neurogen.training.checkpoint import load_checkpoint
 from neurogen.training.dry_run import check_memory
 from neurogen.training.guard import NUM_REMEMBERED, Guard
 from neurogen.training.metrics import read_metrics
+from neurogen.training.optimizer import build_optimizer
 from neurogen.training.replay import NonFiniteWatch, replay
 from neurogen.training.run import train
 from neurogen.training.update import Update
@@ -241,3 +243,55 @@ def test_outliers_in_a_run_are_counted(text: Path, monkeypatch: pytest.MonkeyPat
     rows = read_metrics("a/metrics.jsonl")
     assert [row["train/skipped_steps"] for row in rows] == [0, 0, 0, 0, 0, 1, 1]
     assert all(torch.equal(steps[5][name], steps[6][name]) for name in steps[5])
+
+
+class NoReading(TorchDispatchMode):
+    """Fails where the host asks for a number, which on a GPU would make it wait."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "local_scalar_dense" not in str(func), "the host read a number"
+        return func(*args, **(kwargs or {}))
+
+
+def test_judging_and_skipping_read_nothing() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 3)
+    optimizer = build_optimizer(model, AdamWConfig())
+    guard = Guard(CPU, sigma=4.0)
+    before = model.weight.detach().clone()
+    with NoReading():
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step(skip=guard.judge(torch.tensor(math.nan), torch.tensor(1.0)))
+    assert torch.equal(model.weight, before)
+    with pytest.raises(AssertionError, match="the host read"), NoReading():
+        float(torch.ones(()))
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_does_not_wait(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Update.__call__
+
+    def strict(self: Update, *args: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return call(self, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Update, "__call__", strict)
+    train(configure("trainer.device=cuda", "trainer.max_steps=5", "model.column_width=16", "model.head_width=16"))
+
+
+@pytest.mark.gpu
+def test_a_dry_run_on_a_gpu_suggests_what_fits(text: Path) -> None:
+    big = ["trainer.device=cuda", "mode=unfused", "data.lanes=16", "data.window=64", "model.embedding_dim=1024"]
+    big += ["trainer.max_steps=1", "data.batching=random"]
+    torch.cuda.set_per_process_memory_fraction(1.5e9 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        with pytest.raises(UserError, match=r"does not fit into memory.*; trainer.accumulation=\d+ fits") as caught:
+            train(configure(*big))
+        torch.cuda.empty_cache()
+        fits = str(caught.value).split("accumulation=")[1].split()[0]
+        train(configure(*big, "run_dir=b", f"trainer.accumulation={fits}"))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
