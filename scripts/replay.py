@@ -14,7 +14,7 @@ from neurogen.training.replay import replay
 
 
 def main(config: ReplayConfig) -> None:
-    for line in replay(config.bundle, mode=config.mode.name, device=config.device, dtype=config.dtype):
+    for line in replay(config.bundle, mode=config.mode, device=config.device, dtype=config.dtype):
         print(line)
 
 

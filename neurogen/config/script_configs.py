@@ -72,5 +72,5 @@ class ReplayConfig:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        one_of("mode.name", self.mode.name, MODES)
+        check_mode(self.mode)
         one_of("dtype", self.dtype, DTYPES)

@@ -85,9 +85,11 @@ class World:
         """The first process of each machine goes through alone, the others after it: it fills caches they read."""
         if self.size > 1 and self.local_rank > 0:
             self.highest(0)
-        yield
-        if self.size > 1 and self.local_rank == 0:
-            self.highest(0)
+        try:
+            yield
+        finally:
+            if self.size > 1 and self.local_rank == 0:
+                self.highest(0)
 
     def _agree(self, number: int, how: Any) -> Tensor:
         tensor = torch.tensor(number, dtype=torch.int64)
@@ -209,7 +211,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor with all its parts, which every rank has to ask for; any other as it is."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from neurogen.training.rng import encode_torch_rng, restore_rng
 from neurogen.training.trained import load_trained
 
 if TYPE_CHECKING:
+    from neurogen.config.schema import ModeConfig
     from neurogen.training.session import Session
 
 BATCH, BRAIN = "batch/", "brain/"
@@ -108,13 +109,13 @@ class NonFiniteWatch(TorchDispatchMode):
         if self.finding is not None:
             return func(*args, **kwargs)
         leaves = tree_leaves((args, kwargs))
-        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        inputs = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         on_purpose = any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in leaves)
         innocent = not inputs or on_purpose or "empty" in str(func) or not all(map(_is_finite, inputs))
         largest = 0.0 if innocent else max((float(each.abs().max()) for each in inputs if each.numel()), default=0.0)
         out = func(*args, **kwargs)
         if not innocent:
-            bad = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and not _is_finite(leaf)]
+            bad = [leaf.detach() for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and not _is_finite(leaf)]
             if bad:
                 self.finding = self._describe(str(func), bad[0], largest)
         return out
@@ -159,8 +160,8 @@ def bundle_arguments(
     return {**arguments, "state_tensors": tensors, "metadata": metadata}
 
 
-def replay(path: str, *, mode: str, device: str, dtype: str) -> list[str]:
-    """Run a bundle's step again, forward and backward; return lines that say what came first.
+def replay(path: str, *, mode: ModeConfig, device: str, dtype: str) -> list[str]:
+    """Run a bundle's step again, forward, backward and the gradients' norm; return lines that say what came first.
 
     Raises UserError if there is no bundle at `path`.
     """
@@ -187,9 +188,9 @@ def replay(path: str, *, mode: str, device: str, dtype: str) -> list[str]:
             )
         assert out.loss is not None
         out.loss.backward()
-    squares = [param.grad.double().square().sum() for param in trained.model.parameters() if param.grad is not None]
-    norm = math.sqrt(float(torch.stack(squares).sum()))
-    lines.append(f"loss {float(out.loss.detach()):.6g}, gradient norm {norm:.6g}")
+        grads = [param.grad for param in trained.model.parameters() if param.grad is not None]
+        norm = nn.utils.get_total_norm(grads)  # its squares can overflow where no gradient does
+    lines.append(f"loss {float(out.loss.detach()):.6g}, gradient norm {float(norm):.6g}")
     if watch.finding is None:
         lines.append("every operation was finite: the step was skipped as an outlier, or only another device shows it")
     else:

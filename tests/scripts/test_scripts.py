@@ -143,3 +143,24 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == ("error: model.embedding_dim: value 'wide' of type 'str' could not be converted to Integer\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_replay_runs_a_bundle_and_refuses_what_is_none(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("neurogen.training.recorder.plot_run", lambda path: [])
+    arguments = ["experiment=test", "data=text", "data.path=notes.txt", "optimizer.lr=1e30", "optimizer.weight_decay=0"]
+    arguments += ["run_dir=runs/stuck", "trainer.max_skipped_in_a_row=1", "trainer.evaluate_every=0"]
+    arguments += ["trainer.clip_norm=1e30", "schedule.warmup=0", "trainer.sample_every=0"]
+    code, _, err = run_here("train.py", *arguments, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: trainer.max_skipped_in_a_row=1: 1 steps in a row were skipped")
+    bundle = err.split("bundle=")[1].strip()
+    code, out, _ = run_here(
+        "replay.py", f"bundle={bundle}", "device=cpu", folder=trained, monkeypatch=monkeypatch, capsys=capsys
+    )
+    assert code == 0
+    assert "first non-finite: " in out
+    code, out, err = run_here("replay.py", "bundle=runs/a", folder=trained, monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert "is a checkpoint without a batch" in err
