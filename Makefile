@@ -1,6 +1,6 @@
 # make train | make test | make lint      each sets up .venv first if need be
 #   make train ARGS="model=small trainer.max_seconds=600"
-#   make test ARGS="-k cortex"
+#   make test ARGS="-k cortex"         make test ARGS="-m slow" runs the long ones, left out otherwise
 #   PYTHON=/path/to/python3.12 make train     to choose the interpreter
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -17,7 +17,7 @@ train: $(READY)
 	$(BIN)/python scripts/train.py experiment=quick $(ARGS)
 
 test: $(READY_DEV)
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto -m "not slow" $(ARGS)
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .
