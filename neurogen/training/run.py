@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import sys
@@ -63,7 +64,7 @@ def _train(config: Config, world: World) -> int:
     session = build_session(config, corpus, world)
     logger = make_logger(config.logger)
     run, checkpoint = open_run(config, world)
-    with run, StopRequest() as stop:
+    with contextlib.closing(session), run, StopRequest() as stop:
         lines = [] if checkpoint is None else continue_from(session, checkpoint)
         recorder: Recorder | SilentRecorder = SilentRecorder(session, run)
         if world.is_main:

@@ -18,6 +18,7 @@ from neurogen.brain import BrainState
 from neurogen.config.compose import config_to_dict
 from neurogen.data import Batches, Corpus, make_batches
 from neurogen.data.config import default_cache_dir
+from neurogen.data.prefetch import Prefetcher
 from neurogen.errors import UserError
 from neurogen.model import NeuroGen
 from neurogen.modes.select import select_mode
@@ -49,7 +50,7 @@ class Session:
     precision: Precision
     model: NeuroGen
     optimizer: ModelOptimizer
-    batches: Batches
+    batches: Batches | Prefetcher
     meter: Meter
     guard: Guard
     spread: nn.Module
@@ -107,6 +108,11 @@ class Session:
             return [None] * num_parts
         together = BrainState.cat(known)
         return [together.select(part.tolist()) for part in torch.arange(together.lanes).chunk(num_parts)]
+
+    def close(self) -> None:
+        """End the thread that reads ahead, where there is one."""
+        if isinstance(self.batches, Prefetcher):
+            self.batches.close()
 
     def restore(self, checkpoint: Checkpoint) -> list[str]:
         """Become what was saved; return the names of random generators that could not be restored.
@@ -169,13 +175,18 @@ def build_session(config: Config, corpus: Corpus, world: World = SINGLE) -> Sess
         precision,
         model,
         build_optimizer(model, config.optimizer),
-        batches,
+        read_ahead(batches, device),
         Meter(device),
         Guard(device, sigma=config.trainer.outlier_sigma),
         spread,
         world,
         states=states,
     )
+
+
+def read_ahead(batches: Batches, device: torch.device) -> Batches | Prefetcher:
+    """On a GPU, batches made and copied while it works on the ones before."""
+    return Prefetcher(batches, device) if device.type == "cuda" else batches
 
 
 def load_weights(model: NeuroGen, checkpoint: Checkpoint) -> None:

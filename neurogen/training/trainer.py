@@ -13,6 +13,7 @@ import torch
 
 from neurogen.brain import BrainState
 from neurogen.data import Batch
+from neurogen.data.prefetch import Prefetcher
 from neurogen.errors import UserError
 from neurogen.training.dry_run import check_memory
 from neurogen.training.evaluation import evaluate
@@ -152,6 +153,9 @@ class Trainer:
                 metrics["throughput/mfu"] = utilization
         metrics["memory/peak_bytes"] = peak_memory_bytes(session.precision.device)
         metrics["data/epoch"] = session.batches.epoch
+        if isinstance(session.batches, Prefetcher):
+            metrics["data/stalls"] = session.batches.num_stalls
+            metrics["data/wait_seconds"] = session.batches.wait_seconds
         return metrics
 
     def validate(self) -> dict[str, float]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -98,7 +99,7 @@ class Update:
 
     def backward(self, batches: Sequence[Batch], states: Sequence[BrainState | None]) -> StepResult:
         """Everything of a step but the update: gradients are left, clipped, in the parameters."""
-        counts = [int((batch.target_ids != IGNORE).sum()) for batch in batches]
+        counts = [_count(batch) for batch in batches]
         num_targets = self.world.sum_count(sum(counts))
         losses, correct, ends, healths = [], [], [], []
         for index, (batch, state, count) in enumerate(zip(batches, states, counts)):
@@ -140,12 +141,25 @@ def split_batch(batch: Batch, num_parts: int) -> list[Batch]:
     """The lanes of a batch in equal parts."""
     lanes = batch.input_ids.shape[0]
     assert lanes % num_parts == 0, "the config check divides the lanes evenly"
-    parts = zip(*(tensor.chunk(num_parts) for tensor in (batch.input_ids, batch.target_ids, batch.document_start)))
-    return [Batch(*part) for part in parts]
+    tensors = (batch.input_ids, batch.target_ids, batch.document_start)
+    counts = np.array_split(_counts(batch), num_parts)
+    parts = zip(*(tensor.chunk(num_parts) for tensor in tensors), counts)
+    return [Batch(ids, targets, starts, count) for ids, targets, starts, count in parts]
+
+
+def _counts(batch: Batch) -> np.ndarray:
+    """Targets that count in each lane; read from the tensor only where the data did not count them on the host."""
+    if batch.num_targets is not None:
+        return batch.num_targets
+    return (batch.target_ids != IGNORE).sum(1).cpu().numpy()
+
+
+def _count(batch: Batch) -> int:
+    return int(_counts(batch).sum())
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
-    if device.type != "cuda":
+    if device.type != "cuda" or batch.input_ids.device.type == "cuda":
         return batch.to(device)
     # Copies from pageable memory would make the host wait.
     pinned = Batch(batch.input_ids.pin_memory(), batch.target_ids.pin_memory(), batch.document_start.pin_memory())

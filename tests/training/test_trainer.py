@@ -13,6 +13,7 @@ import torch
 from neurogen.config.compose import compose_config
 from neurogen.config.schema import Config, ModeConfig
 from neurogen.data import BpeTokenizer
+from neurogen.data.prefetch import Prefetcher
 from neurogen.errors import UserError
 from neurogen.training.checkpoint import list_checkpoints, load_checkpoint
 from neurogen.training.metrics import read_metrics
@@ -111,6 +112,21 @@ def test_stopping_and_resuming_is_not_stopping(text: Path, name: str) -> None:
     if "epoch" in name:
         assert untimed(text / "whole/metrics.jsonl")[-1]["data/epoch"] >= 1
     assert untimed(text / "whole/metrics.jsonl") == untimed(text / "parts/metrics.jsonl")
+
+
+def test_reading_ahead_changes_nothing(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = ["trainer.max_steps=4", "trainer.accumulation=2"]
+    train(configure("run_dir=plain", *limits))
+    monkeypatch.setattr("neurogen.training.session.read_ahead", Prefetcher)
+    train(configure("run_dir=ahead", "trainer.stop_at_step=2", *limits))
+    train(configure("resume=ahead", *limits))
+    rows = untimed(text / "ahead/metrics.jsonl")
+    assert all(row.pop("data/stalls") >= 0 and row.pop("data/wait_seconds") >= 0 for row in rows)
+    assert rows == untimed(text / "plain/metrics.jsonl")
+    plain, ahead = load_checkpoint("plain"), load_checkpoint("ahead")
+    assert plain.metadata["data_position"] == ahead.metadata["data_position"]
+    for key, tensor in plain.model_tensors.load().items():
+        assert torch.equal(tensor, ahead.model_tensors[key])
 
 
 def test_lanes_carry_state_and_random_windows_do_not(text: Path) -> None:
