@@ -18,7 +18,7 @@ from neurogen.training.trained import load_trained
 
 
 def main(config: ChatConfig) -> None:
-    trained = load_trained(config.checkpoint, mode=config.mode.name, device=config.device, dtype=config.dtype)
+    trained = load_trained(config.checkpoint, mode=config.mode, device=config.device, dtype=config.dtype)
     settings = ChatSettings(
         template=config.template,
         stop=tuple(config.stop),

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kernels.cortex import CortexState
 from kernels.relay import NO_TOKEN
 from neurogen.errors import UserError
+from neurogen.storage.sealed_tensors import load_sealed, save_sealed
 
-FORMAT = "neurogen-state-1"
+FORMAT = "neurogen-state-2"
 
 
 class MemoryState(NamedTuple):
@@ -136,23 +135,13 @@ class BrainState:
         return BrainState.from_tensors({name: torch.cat([flat[name] for flat in flats]) for name in flats[0]})
 
     def save(self, path: str | Path) -> None:
-        """Write the state as a safetensors file."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
-        save_file(tensors, path, metadata={"format": FORMAT})
+        """Write the state as a safetensors file, whole or not at all. Raises OSError when the file system refuses."""
+        save_sealed(Path(path), self.tensors(), file_format=FORMAT)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> BrainState:
         """Read a file written by `save`. Raises UserError if there is none or it is damaged or something else."""
-        if not Path(path).is_file():
-            raise UserError(f"no state file at {path}")
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                if (file.metadata() or {}).get("format") != FORMAT:
-                    raise UserError(f"{path} holds no brain state (its format is not {FORMAT})")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged ({error}); use another copy") from error
-        return cls.from_tensors(tensors)
+        return cls.from_tensors(load_sealed(Path(path), file_format=FORMAT, noun="brain state", device=device))
 
     def check_fits(self, other: BrainState) -> None:
         """Raise UserError unless both states have the same layers, lanes and shapes."""

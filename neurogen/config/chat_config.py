@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from neurogen.config.checks import DTYPES, MODES, in_range, one_of
+from neurogen.config.checks import DTYPES, check_mode, in_range, one_of
 from neurogen.config.schema import ModeConfig
 from neurogen.errors import UserError
 
@@ -37,7 +37,7 @@ class ChatConfig:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        one_of("mode.name", self.mode.name, MODES)
+        check_mode(self.mode)
         one_of("dtype", self.dtype, DTYPES)
         in_range("max_new_tokens", self.max_new_tokens, least=1)
         in_range("chunk_tokens", self.chunk_tokens, least=1)

@@ -32,6 +32,7 @@ from neurogen.data.text_corpus import Piece, cache_key, make_tokenizer, split_pi
 from neurogen.data.tokenizer import INFO_FILE, Tokenizer
 from neurogen.data.tokenizer_files import load_tokenizer
 from neurogen.errors import UserError
+from neurogen.storage.files import write_atomically
 
 PLAN = "prepare.json"
 BATCH_BYTES = 1 << 20
@@ -359,10 +360,5 @@ def _tokenizer(config: DataConfig, sources: list[SourceFile], cut: int | None, o
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file under a temporary name, sync it, and give it its name."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write a JSON file, whole or not at all."""
+    write_atomically(path, json.dumps(content, indent=2).encode())

@@ -25,6 +25,7 @@ from neurogen.data.stream import StreamWriter, dtype_for, open_stream
 from neurogen.data.tokenizer import ByteTokenizer, Tokenizer
 from neurogen.data.tokenizer_files import load_tokenizer
 from neurogen.errors import UserError
+from neurogen.storage.files import fsync_directory, write_durably
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -146,7 +147,7 @@ def _build(
             # Another process may have finished first; its result is as good, being made of the same input.
             if not final.exists():
                 raise
-        _sync_directory(cache)
+        fsync_directory(cache)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -185,11 +186,8 @@ def _write_corpus(config: DataConfig, sources: list[SourceFile], tokenizer: Toke
         "streams": streams,
         "counts": dict(counts),
     }
-    with open(directory / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_directory(directory)
+    write_durably(directory / MANIFEST, json.dumps(manifest, indent=2).encode())
+    fsync_directory(directory)
 
 
 def make_tokenizer(config: DataConfig, sources: list[SourceFile], cut: int | None) -> Tokenizer:
@@ -314,11 +312,3 @@ def _is_running(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -127,9 +127,8 @@ class Conversation:
         state = self._fresh if self.state is None else self.state
         try:
             state.save(path)
-        except Exception as error:
-            # safetensors raises its own type for what the file system refuses.
-            raise UserError(f"cannot write {path} ({error})") from error
+        except OSError as error:
+            raise UserError(f"cannot write {path} ({error.strerror})") from error
         return Path(path).stat().st_size
 
     def load(self, path: str | Path) -> None:

@@ -28,7 +28,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from neurogen.errors import UserError
-from neurogen.training.files import (
+from neurogen.storage.files import (
     MAX_JSON_BYTES,
     canonical_json,
     decode_floats,
@@ -37,7 +37,7 @@ from neurogen.training.files import (
     read_json,
     write_durably,
 )
-from neurogen.training.tensor_file import FileRecord, TensorFile, write_tensors
+from neurogen.storage.tensor_file import FileRecord, TensorFile, write_tensors
 
 METADATA_NAME = "checkpoint.json"
 _FORMAT = "neurogen-checkpoint"

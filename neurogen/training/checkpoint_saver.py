@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from neurogen.storage.files import encode_floats
+from neurogen.storage.tensor_file import snapshot
 from neurogen.training.checkpoint import SavesItself, save_checkpoint
-from neurogen.training.files import encode_floats
-from neurogen.training.tensor_file import snapshot
 
 
 class AsyncCheckpointSaver:

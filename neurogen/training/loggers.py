@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from neurogen.errors import UserError
-from neurogen.training.files import write_atomically
+from neurogen.storage.files import write_atomically
 from neurogen.training.metrics import Row
 
 RUN_ID_NAME = "wandb_run_id"

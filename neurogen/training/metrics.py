@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, SupportsFloat
 
 from neurogen.errors import UserError
-from neurogen.training.files import parse_json
+from neurogen.storage.files import parse_json
 
 Row = dict[str, int | float]
 

@@ -21,8 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from neurogen.errors import UserError
-from neurogen.training.checkpoint import list_checkpoints
-from neurogen.training.files import (
+from neurogen.storage.files import (
     canonical_json,
     decode_floats,
     encode_floats,
@@ -30,6 +29,7 @@ from neurogen.training.files import (
     read_json,
     write_atomically,
 )
+from neurogen.training.checkpoint import list_checkpoints
 from neurogen.training.lock import RunLock, is_locked
 
 STATES = ("running", "finished", "interrupted", "failed")

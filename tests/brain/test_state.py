@@ -1,5 +1,7 @@
 """State as data: saved, loaded, split, joined, reset, moved."""
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from torch import Tensor
 
 from kernels.cortex import CortexState
 from neurogen import BrainState, NeuroGen, UserError
+from neurogen.brain.state import FORMAT
+from neurogen.storage.sealed_tensors import save_sealed
 
 
 @pytest.fixture
@@ -72,18 +76,40 @@ def test_damaged_and_foreign_files_are_refused(state: BrainState, tmp_path: Path
     whole = path.read_bytes()
     for name, content in (("cut", whole[:-9]), ("short", whole[:20]), ("empty", b""), ("text", b"no state at all")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match="is damaged"):
+        with pytest.raises(UserError, match=f"{name} is not a readable safetensors file"):
             BrainState.load(tmp_path / name)
-    with pytest.raises(UserError, match="no state file"):
+    flipped = bytearray(whole)
+    flipped[-1] ^= 1
+    (tmp_path / "flipped").write_bytes(flipped)
+    with pytest.raises(UserError, match="is damaged"):
+        BrainState.load(tmp_path / "flipped")
+    with pytest.raises(UserError, match="no brain state file"):
         BrainState.load(tmp_path / "none")
-    with pytest.raises(UserError, match="no state file"):
+    with pytest.raises(UserError, match="no brain state file"):
         BrainState.load(tmp_path)
     save_file({"x": torch.zeros(2)}, tmp_path / "foreign")
     with pytest.raises(UserError, match="holds no brain state"):
         BrainState.load(tmp_path / "foreign")
-    save_file({"x": torch.zeros(2)}, tmp_path / "posing", metadata={"format": "neurogen-state-1"})
+    save_sealed(tmp_path / "posing", {"x": torch.zeros(2)}, file_format=FORMAT)
     with pytest.raises(UserError, match="has no tensor 'position'"):
         BrainState.load(tmp_path / "posing")
+
+
+def test_a_save_that_fails_leaves_the_old_file(
+    state: BrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.safetensors"
+    state.save(path)
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        state.reset([0]).save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_tensors_that_make_no_state_are_refused(state: BrainState) -> None:

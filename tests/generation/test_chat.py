@@ -141,9 +141,9 @@ def test_ctrl_c_at_the_prompt_says_how_to_leave() -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("/load nowhere", "no state file at nowhere"),
+        ("/load nowhere", "no brain state file at nowhere"),
         ("/save", "/save needs a file name"),
-        ("/save no/such/folder/state", "cannot write no/such/folder/state"),
+        ("/save no/such/folder/state", "cannot write no/such/folder/state (No such file or directory)"),
         ("/dance", "/dance is no command"),
     ],
 )

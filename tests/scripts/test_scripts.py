@@ -1,5 +1,6 @@
 """The scripts as a user runs them: train, evaluate, generate, and their mistakes."""
 
+import io
 import json
 import os
 import runpy
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from neurogen.brain import BrainState
 from neurogen.training.checkpoint import find_latest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,6 +138,15 @@ def test_a_torn_checkpoint_is_one_line(
     )
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "model.safetensors" in err
+
+
+def test_chat_replies(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def f(x):\n/save talk.state\n"))
+    arguments = ["checkpoint=runs/a", "mode=unfused", "max_new_tokens=8"]
+    code, out, err = run_here("chat.py", *arguments, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, err) == (0, "")
+    assert "saved 1" in out
+    assert BrainState.load(trained / "talk.state").lanes == 1
 
 
 def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from neurogen.errors import UserError
+from neurogen.storage.tensor_file import TensorFile
 from neurogen.training import checkpoint
 from neurogen.training.checkpoint import load_checkpoint, save_checkpoint
-from neurogen.training.tensor_file import TensorFile
 from neurogen.training.tree import flatten_tree, unflatten_tree
 
 FILES = (

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from neurogen.errors import UserError
+from neurogen.storage.files import read_json, write_atomically
 from neurogen.training.checkpoint import save_checkpoint
-from neurogen.training.files import read_json, write_atomically
 from neurogen.training.run_directory import RunDirectory, config_fingerprint
 
 CONFIG = {"model": {"embedding_dim": 64, "spike": "graded"}, "optimizer": {"lr": 1e-05}, "seed": 3, "tags": ["a", None]}

@@ -72,8 +72,17 @@ def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: copies[tied.get(name, name)] for name in tensors}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's elements in C order as bytes, on the host."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> FileRecord:
     """Write a safetensors file, sync it, and return its size, hash and ties. Tied tensors are stored once.
+
+    Arguments:
+        metadata: texts by name, kept in the file's header.
 
     Raises OSError when the disk refuses (the partial file is left for the caller to remove), TypeError for a dtype the
     format has no name for.
@@ -81,7 +90,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     tied = find_tied(tensors)
     # Large elements first, as the library does: every tensor then starts at a multiple of its element size.
     names = sorted(tensors.keys() - tied.keys(), key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, dict] = {}
+    header: dict[str, dict] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name in names:
         tensor = tensors[name]
@@ -108,9 +117,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
 
         put(len(encoded).to_bytes(8, "little") + encoded)
         for name in names:
-            flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
-            if flat.numel():
-                put(flat.view(torch.uint8).numpy().data)
+            put(raw_bytes(tensors[name]))
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(num_bytes, digest.hexdigest(), tied)
@@ -118,6 +125,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
 
 class TensorFile(Mapping[str, Tensor]):
     """The tensors of a safetensors file, each read when asked for. `tied` adds names that share another's data.
+    `metadata` has the texts of the file's header.
 
     Every fault of the file raises UserError naming it; a missing name raises KeyError as any mapping does.
     """
@@ -127,11 +135,10 @@ class TensorFile(Mapping[str, Tensor]):
         self._tied = dict(tied or {})
         with self._open() as file:
             self._names = frozenset(file.keys())
+            self.metadata: dict[str, str] = dict(file.metadata() or {})
         for name, owner in self._tied.items():
             if name in self._names or owner not in self._names:
-                raise UserError(
-                    f"{path} does not hold {owner!r}, which {name!r} is said to share; use another checkpoint"
-                )
+                raise UserError(f"{path} does not hold {owner!r}, which {name!r} is said to share; use another copy")
 
     def _open(self, device: str = "cpu"):
         try:
@@ -141,7 +148,7 @@ class TensorFile(Mapping[str, Tensor]):
 
     def _broken(self, error: Exception) -> UserError:
         reason = " ".join(str(error).split())[:200]
-        return UserError(f"{self.path} is not a readable safetensors file ({reason}); use another checkpoint")
+        return UserError(f"{self.path} is not a readable safetensors file ({reason}); use another copy")
 
     def _get(self, file, name: str) -> Tensor:
         try:

@@ -6,7 +6,7 @@ import safetensors.torch
 import torch
 
 from neurogen.errors import UserError
-from neurogen.training.tensor_file import TensorFile, find_tied, snapshot, write_tensors
+from neurogen.storage.tensor_file import TensorFile, find_tied, snapshot, write_tensors
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16]
 DTYPES += [torch.int8, torch.uint8, torch.bool]

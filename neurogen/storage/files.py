@@ -3,6 +3,8 @@
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +31,27 @@ def write_durably(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path`: a reader, or a crash at any moment, sees the old content or the new, never a part."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`, to be written and synced in the block; then it takes the place of `path`.
+
+    A reader, or a crash at any moment, sees the old content or the new, never a part. When the block or the file
+    system fails, `path` is as it was and nothing is left beside it.
+    """
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        write_durably(temporary, content)
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path`, as `replacing` does."""
+    with replacing(path) as temporary:
+        write_durably(temporary, content)
 
 
 def canonical_json(tree: Any) -> bytes:
