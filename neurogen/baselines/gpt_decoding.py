@@ -17,11 +17,12 @@ class KeyValueCache:
     """What a GPT keeps of B lanes' past, for S tokens at most.
 
     Arguments:
-        keys, values: `[L, B, H, S, N]`, keys turned by their positions.
+        keys, values: of each layer, `[B, H, S, N]`, keys turned by their positions. They are tensors of their own, not
+            one stacked: a compiler that cannot prove writes to slices of one tensor apart copies all of it.
     """
 
-    keys: Tensor
-    values: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
 
     @classmethod
     def empty(cls, model: GPT, lanes: int, capacity: int) -> KeyValueCache:
@@ -29,19 +30,22 @@ class KeyValueCache:
         config, weight = model.config, model.decoder.weight
         if capacity < 1:
             raise UserError(f"capacity is {capacity}; a cache holds at least 1 token")
-        heads = config.embedding_dim // config.head_width
-        shape = (config.num_layers, lanes, heads, capacity, config.head_width)
-        keys, values = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
-        return cls(keys, values)
+        shape = (lanes, config.embedding_dim // config.head_width, capacity, config.head_width)
+
+        def buffers() -> tuple[Tensor, ...]:
+            return tuple(
+                torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(config.num_layers)
+            )
+
+        return cls(buffers(), buffers())
 
     @property
     def capacity(self) -> int:
-        return self.keys.shape[3]
+        return self.keys[0].shape[2]
 
     def bytes_read(self, num_tokens: int) -> int:
         """Bytes of the first `num_tokens` tokens of every lane."""
-        per_token = self.keys[:, :, :, 0].numel() * self.keys.element_size()
-        return 2 * per_token * num_tokens
+        return sum(x[:, :, :1].numel() * x.element_size() * num_tokens for x in (*self.keys, *self.values))
 
 
 def decode_step(model: GPT, token_ids: Tensor, position: Tensor, cache: KeyValueCache, *, fused: bool = True) -> Tensor:
@@ -66,8 +70,8 @@ def decode_step(model: GPT, token_ids: Tensor, position: Tensor, cache: KeyValue
     x = rms(model.embedding(token_ids), eps)[:, None]
     for layer, keys, values in zip(model.layers, cache.keys, cache.values):
         query, key, value = layer.heads(x, rotation)
-        keys.index_copy_(2, position[None], key)
-        values.index_copy_(2, position[None], value)
+        keys[:, :, position[None]] = key
+        values[:, :, position[None]] = value
         if fused:
             attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible)
         else:

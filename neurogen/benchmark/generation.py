@@ -244,8 +244,8 @@ def gpt_ways(work: Workload) -> Iterator[Way]:
             model = GPT(work.gpt, vocab_size=work.vocab_size).to(work.dtype)
             capacity = work.context + max(work.num_tokens, NUM_WARMUP_STEPS + 1)
             cache = KeyValueCache.empty(model, work.lanes, capacity)
-        cache.keys.normal_()
-        cache.values.normal_()
+        for buffer in (*cache.keys, *cache.values):
+            buffer.normal_()
         step = compiled(gpt_step(model, cache, fused=fused), device)
         state = {"position": torch.tensor(work.context, device=device)}
         return Replayed(step, first_ids(work).to(device), state, work.num_tokens)

@@ -71,8 +71,8 @@ def test_a_gpt_with_a_cache_is_the_gpt(lanes, capacity, fused):
     """Filled to the last place, and with rubbish behind it that no step may look at."""
     model, ids = awake_gpt(), torch.randint(0, 11, (lanes, 7))
     cache = KeyValueCache.empty(model, lanes, capacity)
-    cache.keys.fill_(1e3)
-    cache.values.fill_(1e3)
+    for buffer in (*cache.keys, *cache.values):
+        buffer.fill_(1e3)
     with torch.no_grad():
         steps = [decode_step(model, ids[:, t], torch.tensor(t), cache, fused=fused) for t in range(7)]
         expected = model(ids)
