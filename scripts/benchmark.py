@@ -1,7 +1,8 @@
-"""Time our kernels and train steps against their references and against peers, on this machine.
+"""Time our kernels, train steps and replies against their references and against peers, on this machine.
 
     python scripts/benchmark.py suite=kernels                  # docs/benchmarks/kernels.json
     python scripts/benchmark.py suite=training device=cuda
+    python scripts/benchmark.py suite=generation 'only="base, context 128, batch 1,"'
     python scripts/benchmark.py suite=kernels only=cortex seconds=3
     python scripts/benchmark.py suite=kernels size=test device=cpu output=results.json    # tries the suite itself
 
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from neurogen.benchmark import Row, compare, write_rows
+from neurogen.benchmark import generation as generation_suite
 from neurogen.benchmark import kernels as kernel_suite
 from neurogen.benchmark import training as training_suite
 from neurogen.benchmark.config import BenchmarkConfig
@@ -22,7 +24,7 @@ from neurogen.benchmark.report import markdown
 from neurogen.config.script import run_script
 from neurogen.errors import UserError
 
-SUITES = {"kernels": kernel_suite.cases, "training": training_suite.cases}
+SUITES = {"kernels": kernel_suite.cases, "training": training_suite.cases, "generation": generation_suite.cases}
 
 
 def describe(row: Row) -> str:
@@ -51,6 +53,8 @@ def main(config: BenchmarkConfig) -> None:
             device=torch.device(name),
             seconds=config.seconds,
             extra=case.extra,
+            cold=case.cold,
+            min_rounds=case.min_rounds,
         )
         write_rows(output, rows)
         for row in rows:

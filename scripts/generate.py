@@ -1,44 +1,71 @@
 """Continue a prompt with a trained model.
 
     python scripts/generate.py checkpoint=runs/20260101-120000-ab12 prompt="def main("
-    python scripts/generate.py checkpoint=runs/... prompt="import " temperature=0 max_new_tokens=64 format=json
+    python scripts/generate.py checkpoint=runs/... prompt="import " temperature=0 max_new_tokens=64 'stop=["def "]'
+    python scripts/generate.py checkpoint=runs/... prompt_file=notes.txt num_samples=4 format=jsonl > samples.jsonl
+    echo -n "import " | python scripts/generate.py checkpoint=runs/... prompt_file=-
 
-Everything after `prompt=` is the prompt, whatever it holds. Prints the prompt and what follows it, or one JSON object.
+Everything after `prompt=` is the prompt, whatever it holds; prompt_file is read as it stands, its last line feed too.
+Prints the prompt and what follows it, or one JSON object a sample; tokens/s, the reading of the prompt and a first
+launch's compiling among them, go to stderr.
 """
 
 import json
 import sys
+import time
 
 from neurogen.config.script import run_script
 from neurogen.config.script_configs import GenerateConfig
-from neurogen.training.samples import encode_prompt
+from neurogen.generation.request import make_sampling
+from neurogen.generation.text import TextGenerator
 from neurogen.training.trained import load_trained
 
 
 def main(config: GenerateConfig) -> None:
+    prompt = config.read_prompt()
+    sampling = make_sampling(
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+    )
     trained = load_trained(config.checkpoint, mode=config.mode, device=config.device, dtype=config.dtype)
-    tokenizer = trained.tokenizer
+    generator = TextGenerator(trained.model, trained.tokenizer, trained.starts_documents)
+    start = time.perf_counter()
     with trained.precision.autocast():
-        reply = trained.model.generate(
-            encode_prompt(tokenizer, config.prompt, starts_documents=trained.starts_documents),
+        replies = generator.complete(
+            [prompt],
+            sampling=sampling,
             max_new_tokens=config.max_new_tokens,
-            do_sample=config.temperature > 0,
-            temperature=config.temperature or 1.0,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            min_p=config.min_p,
-            repetition_penalty=config.repetition_penalty,
             seed=config.seed,
-            stop=[tokenizer.document_start_id] if trained.starts_documents else [],
+            num_samples=config.num_samples,
+            stop=config.stop,
         )
-    length = int(reply.lengths[0])
-    text = tokenizer.decode(reply.tokens[0, :length].tolist())
-    if config.format == "text":
-        print(config.prompt + text)
-        return
-    log_prob = float(reply.log_probs[0, :length].sum())
-    print(json.dumps({"prompt": config.prompt, "text": text, "num_tokens": length, "log_prob": log_prob}))
+    seconds = time.perf_counter() - start
+    num_tokens = sum(reply.num_tokens for reply in replies)
+    for reply in replies:
+        if config.format == "jsonl":
+            row = {
+                "prompt": reply.prompt,
+                "sample": reply.sample,
+                "text": reply.text,
+                "tokens": reply.ids,
+                "num_tokens": reply.num_tokens,
+                "log_prob_mean": reply.log_prob / reply.num_tokens,
+                "ended": reply.ended,
+                "seed": config.seed,
+                "tokens_per_second": num_tokens / seconds,
+            }
+            print(json.dumps(row))
+        else:
+            if config.num_samples > 1:
+                print(f"--- sample {reply.sample}")
+            print(reply.prompt + reply.text)
+    lanes = "" if config.num_samples == 1 else f" in {config.num_samples} lanes"
+    print(f"{num_tokens} tokens{lanes} in {seconds:.2f} s: {num_tokens / seconds:,.1f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, config_name="generate", root=GenerateConfig, verbatim=("checkpoint", "prompt")))
+    verbatim = ("checkpoint", "prompt", "prompt_file")
+    sys.exit(run_script(main, config_name="generate", root=GenerateConfig, verbatim=verbatim))

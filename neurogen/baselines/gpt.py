@@ -53,11 +53,11 @@ class GPT(nn.Module):
         nn.init.zeros_(self.decoder.weight)
 
     def forward(self, input_ids: Tensor, target_ids: Tensor | None = None) -> Tensor:
-        x = _rms(self.embedding(input_ids), self.config.norm_eps)
+        x = rms(self.embedding(input_ids), self.config.norm_eps)
         rotation = rotary_angles(input_ids.shape[1], self.config.head_width, x.device)
         for layer in self.layers:
             x = layer(x, rotation)
-        logits = self.decoder(_rms(x, self.config.norm_eps))
+        logits = self.decoder(rms(x, self.config.norm_eps))
         if target_ids is None:
             return logits
         return F.cross_entropy(logits.float().flatten(0, 1), target_ids.flatten(), ignore_index=-100)
@@ -85,17 +85,25 @@ class _Layer(nn.Module):
         nn.init.zeros_(self.mlp_out.weight)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        eps = self.config.norm_eps
-        heads = self.query_key_value(_rms(x, eps)).unflatten(-1, (3, -1, self.config.head_width))
-        query, key, value = heads.transpose(1, 3).unbind(2)  # [B, H, T, N] each
-        query, key = rotate(_rms(query, eps), rotation), rotate(_rms(key, eps), rotation)
+        query, key, value = self.heads(x, rotation)
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.attention_out(attended.transpose(1, 2).flatten(-2))
-        up, gate = self.mlp_in(_rms(x, eps)).chunk(2, dim=-1)
+        return self.feed_forward(x + self.attention_out(attended.transpose(1, 2).flatten(-2)))
+
+    def heads(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, `[B, H, T, N]` each, of x `[B, T, D]`."""
+        eps = self.config.norm_eps
+        heads = self.query_key_value(rms(x, eps)).unflatten(-1, (3, -1, self.config.head_width))
+        query, key, value = heads.transpose(1, 3).unbind(2)
+        return rotate(rms(query, eps), rotation), rotate(rms(key, eps), rotation), value
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """x and what the SwiGLU adds to it."""
+        up, gate = self.mlp_in(rms(x, self.config.norm_eps)).chunk(2, dim=-1)
         return x + self.mlp_out(F.silu(gate) * up)
 
 
-def _rms(x: Tensor, eps: float) -> Tensor:
+def rms(x: Tensor, eps: float) -> Tensor:
+    """x over its root mean square, in x's type."""
     return F.rms_norm(x, x.shape[-1:], eps=eps).to(x.dtype)
 
 

@@ -11,7 +11,7 @@ from neurogen.config.checks import in_range, one_of
 class BenchmarkConfig:
     """Which suite runs, how large and where to.
 
-    suite: `kernels` or `training`.
+    suite: `kernels`, `training` or `generation`.
     size: `full` (the published shapes, on a GPU) or `test` (tiny, anywhere).
     only: part of an op's name; null for all.
     seconds: of timing for each contender.
@@ -26,6 +26,6 @@ class BenchmarkConfig:
     output: str | None = None
 
     def __post_init__(self) -> None:
-        one_of("suite", self.suite, ("kernels", "training"))
+        one_of("suite", self.suite, ("kernels", "training", "generation"))
         one_of("size", self.size, ("full", "test"))
         in_range("seconds", self.seconds, least=0)

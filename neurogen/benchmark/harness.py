@@ -42,12 +42,14 @@ class Contender:
         error: from the device to norm(out - reference)/norm(reference) on the same shapes, or None where the contender
             computes another function (a peer's nearest equivalent).
         limit: the largest error with which its time is reported.
+        extra: derived figures from its median time in seconds, in place of the comparison's.
     """
 
     provider: str
     prepare: Callable[[torch.device], Callable[[], Any]]
     error: Callable[[torch.device], float] | None = None
     limit: float = 2e-2
+    extra: Callable[[float], dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def compare(
     seconds: float = 1.0,
     min_rounds: int = 10,
     extra: Callable[[float], dict[str, float]] | None = None,
+    cold: bool = True,
 ) -> list[Row]:
     """Check, then time all contenders in turns.
 
@@ -106,6 +109,7 @@ def compare(
         seconds: of timing for each contender, roughly.
         min_rounds: turns each gets at least.
         extra: derived figures from a median time in seconds, such as TFLOP/s.
+        cold: whether the GPU's L2 cache is flushed before a call; if not, the call before it is the same one, untimed.
 
     Returns:
         A row a contender, failures included, in the order given.
@@ -137,12 +141,14 @@ def compare(
 
     times: dict[str, list[float]] = {name: [] for name in ready}
     if ready:
-        once = {name: _time(work, device) for name, work in ready.items()}
+        once = {name: _time(work, device, cold=cold) for name, work in ready.items()}
         num_rounds = max(min_rounds, int(seconds / max(max(once.values()), 1e-9)))
         for _ in range(min(num_rounds, 1000)):
             for name, work in ready.items():
-                times[name].append(_time(work, device))
+                times[name].append(_time(work, device, cold=cold))
+    figures = {contender.provider: contender.extra or extra for contender in contenders}
     for name, measured in times.items():
+        derive = figures[name]
         p20, median, p80 = (_quantile(measured, q) for q in (0.2, 0.5, 0.8))
         rows[name] = Row(
             suite,
@@ -156,7 +162,7 @@ def compare(
             num_runs=len(measured),
             peak_bytes=peaks[name],
             error=errors[name],
-            extra={} if extra is None else extra(median),
+            extra={} if derive is None else derive(median),
             machine=machine,
         )
     return [rows[contender.provider] for contender in contenders]
@@ -183,13 +189,16 @@ def _quantile(values: list[float], q: float) -> float:
     return float(torch.tensor(values, dtype=torch.float64).quantile(q))
 
 
-def _time(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, the L2 cache cold on a GPU."""
+def _time(work: Callable[[], Any], device: torch.device, *, cold: bool) -> float:
+    """Seconds of one call."""
+    if not cold:
+        work()
     if device.type != "cuda":
         start = time.perf_counter()
         work()
         return time.perf_counter() - start
-    _flush(device)
+    if cold:
+        _flush(device)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     work()

@@ -29,6 +29,7 @@ class Case:
         dtype: storage type.
         contenders: ours first.
         extra: derived figures from a median time in seconds.
+        cold, min_rounds: as for `compare`.
     """
 
     op: str
@@ -36,6 +37,8 @@ class Case:
     dtype: torch.dtype
     contenders: list[Contender]
     extra: Callable[[float], dict[str, float]]
+    cold: bool = True
+    min_rounds: int = 10
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ UNITS = {
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
     "useful_tflops": ("useful TFLOP/s", "{:.0f}"),
     "model_tflops": ("model TFLOP/s", "{:.0f}"),
+    "bytes_per_step": ("bytes a step", "{:,.0f}"),
+    "read_rate": ("measured read rate, B/s", "{:.3g}"),
+    "read_share": ("share of it", "{:.1%}"),
 }
 
 

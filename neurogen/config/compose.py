@@ -87,11 +87,10 @@ def _build_fields(values: dict[str, Any], root: type[C]) -> C:
     for key in values:
         if key not in names:
             raise UserError(_unknown_key(key, root))
-    built: dict[str, Any] = {
-        name: _build_group(name, values[name]) for name in names if name in GROUPS and values.get(name)
-    }
-    plain = [field for field in dataclasses.fields(root) if field.name not in GROUPS]  # type: ignore[arg-type]
     hints = typing.get_type_hints(root)
+    groups = [name for name in names if name in GROUPS and hints[name] is not str]  # a script may take a plain `mode`
+    built: dict[str, Any] = {name: _build_group(name, values[name]) for name in groups if values.get(name)}
+    plain = [field for field in dataclasses.fields(root) if field.name not in groups]  # type: ignore[arg-type]
     spec = [(field.name, hints[field.name], _default_of(field)) for field in plain]
     schema = OmegaConf.structured(dataclasses.make_dataclass("Root", spec))
     given = {field.name: values[field.name] for field in plain if field.name in values}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from neurogen.config.checks import DTYPES, check_mode, in_range, one_of
 from neurogen.config.schema import ModeConfig
@@ -36,11 +38,20 @@ class EvaluateConfig:
 @dataclass
 class GenerateConfig:
     """Which checkpoint continues which prompt, and how tokens are drawn (ranges are those of
-    kernels.sample.Sampling)."""
+    kernels.sample.Sampling).
+
+    prompt_file: holds the prompt, in UTF-8; `-` is the standard input, None leaves `prompt` as it is.
+    num_samples: replies to the prompt, side by side.
+    stop: strings that end a reply and are not shown.
+    format: `text`, or `jsonl` for a JSON object a sample.
+    """
 
     checkpoint: str
     mode: ModeConfig
     prompt: str = ""
+    prompt_file: str | None = None
+    num_samples: int = 1
+    stop: list[str] = field(default_factory=list)
     max_new_tokens: int = 256
     temperature: float = 0.8
     top_k: int = 0
@@ -55,11 +66,31 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         check_mode(self.mode)
         one_of("dtype", self.dtype, DTYPES)
-        one_of("format", self.format, ("text", "json"))
+        one_of("format", self.format, ("text", "jsonl"))
+        in_range("num_samples", self.num_samples, least=1)
         in_range("max_new_tokens", self.max_new_tokens, least=1)
         in_range("temperature", self.temperature, least=0)
         if self.seed < 0:
             raise UserError(f"seed={self.seed}: must be 0 or more")
+        if self.prompt and self.prompt_file is not None:
+            raise UserError("prompt and prompt_file are both given; leave one out")
+
+    def read_prompt(self) -> str:
+        """The prompt's text. Raises UserError, one line, for a file that cannot be read or is no UTF-8."""
+        if self.prompt_file is None:
+            name, data = "prompt", self.prompt.encode(errors="surrogateescape")
+        elif self.prompt_file == "-":
+            name, data = "the standard input", sys.stdin.buffer.read()
+        else:
+            name = f"prompt_file={self.prompt_file}"
+            try:
+                data = Path(self.prompt_file).read_bytes()
+            except OSError as error:
+                raise UserError(f"{name}: cannot be read ({error.strerror})") from error
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name}: is no UTF-8 ({error.reason} at byte {error.start}); convert it") from error
 
 
 @dataclass

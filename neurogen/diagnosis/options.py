@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 
 from neurogen.brain import BrainConfig
 from neurogen.diagnosis.measure import TASKS
 from neurogen.errors import UserError
 from neurogen.modes import MODES
 
-SIZES = {
-    "nano": BrainConfig(),
-    "small": BrainConfig(embedding_dim=512, hippocampus_depth=2, pfc_depth=2),
-    "base": BrainConfig(embedding_dim=1536, column_width=128, head_width=128, hippocampus_depth=2, pfc_depth=2),
-}
 SUBJECTS = ("modes", "tokenization", "activity")
 PRECISIONS = ("fp32", "bf16")
+VERBATIM = ("mode", "checkpoint", "text", "out")  # keys whose value is taken as it stands
 
 
 @dataclass
@@ -29,7 +24,8 @@ class Options:
     """One run of the diagnosis; checked when made.
 
     what: `modes`, `tokenization` or `activity`.
-    model: a size, `nano`, `small` or `base`.
+    model: sizes and rules of a new model, and model_name: what tables and files call it.
+    checkpoint: a trained model to watch instead, with its own tokenizer; for activity alone.
     mode: `all`, or one or several names with commas between them.
     task: `all`, `train` or `generate`.
     sequence: T, tokens a lane.
@@ -44,7 +40,9 @@ class Options:
     """
 
     what: str = "modes"
-    model: str = "nano"
+    model: BrainConfig = field(default_factory=BrainConfig)
+    model_name: str = "nano"
+    checkpoint: str | None = None
     mode: str = "all"
     task: str = "all"
     sequence: int = 500
@@ -58,7 +56,7 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key, choices in (("what", SUBJECTS), ("model", tuple(SIZES)), ("precision", PRECISIONS)):
+        for key, choices in (("what", SUBJECTS), ("precision", PRECISIONS)):
             _one_of(key, getattr(self, key), choices)
         _one_of("task", self.task, ("all", *TASKS))
         if self.mode != "all":
@@ -67,6 +65,9 @@ class Options:
         for key, least in (("sequence", 2), ("lanes", 1), ("vocab_size", 2), ("counted_tokens", 2)):
             if getattr(self, key) < least:
                 raise UserError(f"{key} is {getattr(self, key)}; it must be at least {least}")
+
+        if self.checkpoint is not None and self.what != "activity":
+            raise UserError(f"what is {self.what!r}; a checkpoint is for what=activity alone")
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -89,20 +90,22 @@ class Options:
         return device
 
 
-def parse_options(words: Sequence[str]) -> Options:
-    """`key=value` words to options. Raises UserError, one line, for an unknown key or a value of the wrong type."""
-    for word in words:
-        key, equals, _ = word.partition("=")
-        known = [field.name for field in dataclasses.fields(Options)]
-        if not equals or key not in known:
-            raise UserError(f"cannot use {word!r}; settings are key=value with one of {', '.join(known)}")
-    try:
-        node = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli(list(words)))
-        options = OmegaConf.to_object(node)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(options, Options)
-    return options
+@dataclass
+class ReportOptions:
+    """Settings of scripts/report_modes.py: `result`, a file of scripts/diagnose.py, and the `task` to report."""
+
+    result: str
+    task: str = "train"
+
+    def __post_init__(self) -> None:
+        _one_of("task", self.task, TASKS)
+
+
+def name_model(node: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The composed tree with the name of the chosen model size, or of the checkpoint, for tables and file names."""
+    if node.model_name is None:
+        node.model_name = "checkpoint" if node.checkpoint is not None else HydraConfig.get().runtime.choices["model"]
+    return node
 
 
 def _one_of(key: str, value: str, choices: Sequence[str]) -> None:

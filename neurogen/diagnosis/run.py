@@ -14,19 +14,23 @@ from rich.console import Console
 from torch import Tensor
 
 from neurogen.brain import BrainConfig
+from neurogen.config.schema import ModeConfig
 from neurogen.diagnosis.activity import measure_activity
 from neurogen.diagnosis.environment import describe_environment, missing_instruments
 from neurogen.diagnosis.measure import measure_mode, precision
-from neurogen.diagnosis.options import SIZES, Options
+from neurogen.diagnosis.options import Options
 from neurogen.diagnosis.plots import plot_activity, plot_modes
 from neurogen.diagnosis.tables import activity_table, cost_table, stage_table
 from neurogen.diagnosis.tokenization import measure_tokenization
 from neurogen.errors import UserError
 from neurogen.model import NeuroGen
 from neurogen.modes import resolve_mode
+from neurogen.training.samples import encode_prompt
+from neurogen.training.trained import load_trained
 
 DEFAULT_FOLDER = "runs/diagnosis"
 FORMAT = "neurogen-diagnosis-1"
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def diagnose(options: Options, console: Console | None = None) -> Path:
@@ -37,8 +41,8 @@ def diagnose(options: Options, console: Console | None = None) -> Path:
     result = {
         "format": FORMAT,
         "what": options.what,
-        "model": options.model,
-        "embedding_dim": SIZES[options.model].embedding_dim,
+        "model": options.model_name,
+        "embedding_dim": options.model.embedding_dim,
         "precision": options.precision,
         "environment": describe_environment(device),
     }
@@ -46,7 +50,7 @@ def diagnose(options: Options, console: Console | None = None) -> Path:
         options, device, folder, console
     )
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{options.what}-{options.model}.json"
+    path = folder / f"{options.what}-{options.model_name}.json"
     path.write_text(json.dumps(result | measured, indent=2) + "\n")
     console.print(f"wrote {path}")
     return path
@@ -67,7 +71,7 @@ def _modes(options: Options, device: torch.device, folder: Path, console: Consol
     for task, mode in itertools.product(options.tasks, modes):
         console.print(f"measuring {task} in mode {mode} ...")
         cost = measure_mode(
-            make_model(SIZES[options.model], options, device),
+            make_model(options.model, options, device),
             mode,
             task,
             input_ids,
@@ -82,26 +86,43 @@ def _modes(options: Options, device: torch.device, folder: Path, console: Consol
     for line in missing:
         console.print(f"missing: {line}")
     folder.mkdir(parents=True, exist_ok=True)
-    picture = folder / f"modes-{options.model}.png"
+    picture = folder / f"modes-{options.model_name}.png"
     plot_modes(rows, picture)
     console.print(f"wrote {picture}")
     return {"sequence": options.sequence, "lanes": options.lanes, "missing": missing, "rows": rows}
 
 
 def _activity(options: Options, device: torch.device, folder: Path, console: Console) -> dict[str, Any]:
-    model = make_model(SIZES[options.model], options, device)
-    text = _read_text(options)
-    ids = torch.tensor(list(text[: options.sequence]), dtype=torch.int64)
-    if int(ids.max()) >= options.vocab_size:
-        raise UserError(f"vocab_size is {options.vocab_size}; a text of bytes needs at least 256")
+    model, ids = _trained_model(options) if options.checkpoint is not None else _new_model(options, device)
     with precision(device, bf16=options.precision == "bf16"):
         activity = measure_activity(model, ids)
     console.print(activity_table(activity.as_dict()))
     folder.mkdir(parents=True, exist_ok=True)
-    picture = folder / f"activity-{options.model}.png"
+    picture = folder / f"activity-{options.model_name}.png"
     plot_activity(activity, picture)
     console.print(f"wrote {picture}")
-    return {"activity": activity.as_dict()}
+    embedding_dim = model.config.embedding_dim
+    return {"checkpoint": options.checkpoint, "embedding_dim": embedding_dim, "activity": activity.as_dict()}
+
+
+def _new_model(options: Options, device: torch.device) -> tuple[NeuroGen, Tensor]:
+    """A new model of bytes and the text's ids `[T]`."""
+    ids = torch.tensor(list(_read_text(options)[: options.sequence]), dtype=torch.int64)
+    if int(ids.max()) >= options.vocab_size:
+        raise UserError(f"vocab_size is {options.vocab_size}; a text of bytes needs at least 256")
+    return make_model(options.model, options, device), ids
+
+
+def _trained_model(options: Options) -> tuple[NeuroGen, Tensor]:
+    """The checkpoint's model and the text's ids `[T]` as it was trained to read them."""
+    assert options.checkpoint is not None
+    trained = load_trained(
+        options.checkpoint, mode=ModeConfig("unfused"), device=options.device, dtype=DTYPES[options.precision]
+    )
+    # A token stands for some bytes, so so many characters are tokens enough.
+    text = _read_text(options).decode(errors="replace")[: 64 * options.sequence]
+    ids = encode_prompt(trained.tokenizer, text, starts_documents=trained.starts_documents)
+    return trained.model, ids[0, : options.sequence]
 
 
 def _tokenization(options: Options, device: torch.device, folder: Path, console: Console) -> dict[str, Any]:
@@ -118,7 +139,7 @@ def _tokenization(options: Options, device: torch.device, folder: Path, console:
             empty_documents="skip",
         )
     )
-    model = NeuroGen(SIZES[options.model], vocab_size=corpus.tokenizer.vocab_size).to(device)
+    model = NeuroGen(options.model, vocab_size=corpus.tokenizer.vocab_size).to(device)
     batches = LaneBatches(corpus.train, lanes=options.lanes, window=options.sequence, seed=options.seed)
     with precision(device, bf16=options.precision == "bf16"):
         rates = measure_tokenization(model, corpus.tokenizer, _read_text(options), iter(batches))

@@ -51,6 +51,30 @@ class TextPiece:
     ended: str | None = None
 
 
+@dataclass(frozen=True)
+class Completion:
+    """One reply to a prompt.
+
+    Arguments:
+        prompt, sample: which prompt, and which of its samples.
+        text: whole characters up to a stop string.
+        ids: the tokens of the text, up to and including the one that ended it.
+        log_prob: the sum of their log-probabilities under the model's own softmax.
+        ended: `stop` or `length`.
+    """
+
+    prompt: str
+    sample: int
+    text: str
+    ids: list[int]
+    log_prob: float
+    ended: str
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
+
+
 class Utf8Stream:
     """Bytes in, whole characters out; what is no UTF-8 becomes U+FFFD."""
 
@@ -228,13 +252,8 @@ class TextGenerator:
         seed: int = 0,
         num_samples: int = 1,
         stop: Sequence[str | int] = (),
-    ) -> list[dict[str, object]]:
-        """Continue texts side by side, each `num_samples` times.
-
-        Returns:
-            For each prompt and sample `{"prompt", "sample", "text", "num_tokens", "log_prob", "ended"}`; log_prob is
-            that of the tokens shown, `ended` is `stop` or `length`.
-        """
+    ) -> list[Completion]:
+        """Continue texts side by side, each `num_samples` times: a reply for each prompt and sample, in this order."""
         if num_samples < 1:
             raise UserError(f"num_samples is {num_samples}; it must be at least 1")
         stop_ids, strings = self.split_stop(stop)
@@ -247,14 +266,14 @@ class TextGenerator:
         for lane, ids in enumerate(out.replies()):
             text, used, ended = self._cut(ids, strings)
             replies.append(
-                {
-                    "prompt": prompts[lane // num_samples],
-                    "sample": lane % num_samples,
-                    "text": text,
-                    "num_tokens": used,
-                    "log_prob": float(log_probs[lane, :used].sum()),
-                    "ended": "stop" if ended or ids[-1] in stop_ids else "length",
-                }
+                Completion(
+                    prompt=prompts[lane // num_samples],
+                    sample=lane % num_samples,
+                    text=text,
+                    ids=ids[:used],
+                    log_prob=float(log_probs[lane, :used].sum()),
+                    ended="stop" if ended or ids[-1] in stop_ids else "length",
+                )
             )
         return replies
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from neurogen.baselines import GPT, LSTM, GPTConfig
+from neurogen.baselines import GPT, LSTM, GPTConfig, KeyValueCache, decode_step
 from neurogen.baselines.gpt import rotary_angles, rotate
 from neurogen.errors import UserError
 
@@ -63,3 +63,23 @@ def test_gpt_parameters_by_hand():
 def test_sizes_that_do_not_fit(sizes):
     with pytest.raises(UserError, match=next(iter(sizes))):
         GPTConfig(**({"embedding_dim": 32, "num_layers": 2, "head_width": 16} | sizes))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("lanes", "capacity"), [(1, 9), (3, 7)])
+def test_a_gpt_with_a_cache_is_the_gpt(lanes, capacity, fused):
+    """Filled to the last place, and with rubbish behind it that no step may look at."""
+    model, ids = awake_gpt(), torch.randint(0, 11, (lanes, 7))
+    cache = KeyValueCache.empty(model, lanes, capacity)
+    for buffer in (*cache.keys, *cache.values):
+        buffer.fill_(1e3)
+    with torch.no_grad():
+        steps = [decode_step(model, ids[:, t], torch.tensor(t), cache, fused=fused) for t in range(7)]
+        expected = model(ids)
+    torch.testing.assert_close(torch.stack(steps, 1), expected, rtol=1e-6, atol=1e-6)
+    assert cache.bytes_read(3) == 2 * 2 * lanes * 32 * 3 * 8
+
+
+def test_a_cache_for_nothing_is_refused():
+    with pytest.raises(UserError, match="capacity is 0"):
+        KeyValueCache.empty(awake_gpt(), 1, 0)

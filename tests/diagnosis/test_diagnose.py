@@ -11,24 +11,33 @@ import pytest
 import torch
 from rich.console import Console
 
-from neurogen import BrainConfig, NeuroGen, UserError
-from neurogen.diagnosis import options as options_module
+from neurogen import NeuroGen, UserError
+from neurogen.config.script import run_script
 from neurogen.diagnosis.activity import measure_activity
 from neurogen.diagnosis.comparison import comparison, load_result
-from neurogen.diagnosis.options import Options, parse_options
+from neurogen.diagnosis.options import VERBATIM, Options, name_model
 from neurogen.diagnosis.run import diagnose
 from neurogen.diagnosis.tokenization import measure_tokenization
+
+
+def parse_options(words: list[str]) -> Options:
+    """The options scripts/diagnose.py makes of a command line."""
+    taken: list[Options] = []
+    code = run_script(
+        taken.append, config_name="diagnose", root=Options, verbatim=VERBATIM, prepare=name_model, arguments=words
+    )
+    assert code == 0
+    return taken[0]
 
 
 @pytest.fixture(scope="module")
 def result_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small diagnosis of two modes at both tasks."""
     folder = tmp_path_factory.mktemp("diagnosis")
-    tiny = BrainConfig(embedding_dim=8, column_width=4, head_width=4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(options_module.SIZES, "nano", tiny)
         patch.setattr("neurogen.diagnosis.measure.TIMED_SECONDS", 0.01)
         words = ["mode=naive,preallocated", "sequence=8", "counted_tokens=4", "vocab_size=7", f"out={folder}"]
+        words += ["model.embedding_dim=8", "model.column_width=4", "model.head_width=4"]
         console = Console(file=io.StringIO(), width=120)
         path = diagnose(parse_options(words), console)
         text = console.file.getvalue()
@@ -83,20 +92,37 @@ def test_a_file_that_is_no_result_is_refused(tmp_path: Path, result_path: Path) 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["colour=red"], "cannot use 'colour=red'; settings are key=value"),
-        (["sequence"], "cannot use 'sequence'"),
-        (["sequence=ten"], "sequence: Value 'ten'"),
+        (["colour=red"], "colour: unknown key"),
+        (["sequence"], "sequence: not a key=value"),
+        (["sequence=ten"], "sequence: value 'ten'"),
         (["sequence=1"], "sequence is 1; it must be at least 2"),
         (["mode=naive,quick"], "mode is 'quick'"),
-        (["model=huge"], "model is 'huge'; choose one of nano, small, base"),
+        (["model=huge"], "model=huge: no such choice; choose one of base, nano, small"),
+        (["model.column_width=7"], "not a multiple of model.column_width = 7"),
         (["what=dreams"], "what is 'dreams'"),
         (["precision=int4"], "precision is 'int4'"),
+        (["checkpoint=runs/a"], "a checkpoint is for what=activity alone"),
     ],
 )
-def test_bad_settings_are_one_line(words: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message) as error:
-        parse_options(words)
-    assert "\n" not in str(error.value)
+def test_bad_settings_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = run_script(
+        lambda options: pytest.fail("ran"),
+        config_name="diagnose",
+        root=Options,
+        verbatim=VERBATIM,
+        prepare=name_model,
+        arguments=words,
+    )
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+def test_sizes_come_from_the_model_group() -> None:
+    options = parse_options(["model=base", "mode=naive,unfused"])
+    assert (options.model.embedding_dim, options.model.column_width, options.model_name) == (1536, 128, "base")
+    assert options.modes == ("naive", "unfused")
+    assert parse_options(["model=small", "model_name=mine"]).model_name == "mine"
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:

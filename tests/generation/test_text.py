@@ -86,11 +86,12 @@ def test_a_stream_is_the_completion() -> None:
         sampling = Sampling(temperature=1.3)
         pieces = list(gen.stream("aa", sampling=sampling, max_new_tokens=30, chunk_tokens=4, seed=seed, stop=["stop"]))
         (whole,) = gen.complete(["aa"], sampling=sampling, max_new_tokens=30, seed=seed, stop=["stop"])
-        assert "".join(piece.text for piece in pieces) == whole["text"]
-        assert pieces[-1].ended == whole["ended"]
-        assert len(pieces[-1].ids) == whole["num_tokens"]
-        assert pieces[-1].log_prob == pytest.approx(whole["log_prob"], abs=1e-4)
-        assert "stop" not in whole["text"]
+        assert "".join(piece.text for piece in pieces) == whole.text
+        assert pieces[-1].ended == whole.ended
+        assert pieces[-1].ids == whole.ids
+        assert len(whole.ids) == whole.num_tokens
+        assert pieces[-1].log_prob == pytest.approx(whole.log_prob, abs=1e-4)
+        assert "stop" not in whole.text
 
 
 def test_a_stop_string_across_tokens_leaves_the_state_where_the_text_ends() -> None:
@@ -113,10 +114,10 @@ def test_a_stop_string_across_tokens_leaves_the_state_where_the_text_ends() -> N
 
 def test_samples_of_a_prompt_differ_and_are_numbered() -> None:
     replies = generator().complete(["a", "aaa"], sampling=Sampling(), max_new_tokens=20, num_samples=3, seed=1)
-    assert [(reply["prompt"], reply["sample"]) for reply in replies] == [
+    assert [(reply.prompt, reply.sample) for reply in replies] == [
         (prompt, sample) for prompt in ("a", "aaa") for sample in range(3)
     ]
-    assert len({reply["text"] for reply in replies}) > 3
+    assert len({reply.text for reply in replies}) > 3
     with pytest.raises(UserError, match="num_samples is 0"):
         generator().complete(["a"], sampling=Sampling(), num_samples=0)
 

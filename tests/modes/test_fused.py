@@ -1,5 +1,6 @@
 """Fused against unfused, whole models, in Triton's interpreter where there is no GPU."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -42,8 +43,8 @@ def test_fused_agrees_with_unfused(settings, make_model: Callable[..., NeuroGen]
         assert error <= 1e-4, f"{name}: {error}"
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="counts launches in the interpreter; the profiler counts them on a GPU")
-def test_launches_do_not_grow_with_the_sequence(make_model: Callable[..., NeuroGen], monkeypatch: pytest.MonkeyPatch):
+def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list that fills with the name of every kernel the interpreter launches from now on."""
     launched: list[str] = []
     run = GridExecutor.__call__
 
@@ -52,6 +53,12 @@ def test_launches_do_not_grow_with_the_sequence(make_model: Callable[..., NeuroG
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(GridExecutor, "__call__", count)
+    return launched
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts launches in the interpreter; the profiler counts them on a GPU")
+def test_launches_do_not_grow_with_the_sequence(make_model: Callable[..., NeuroGen], monkeypatch: pytest.MonkeyPatch):
+    launched = count_launches(monkeypatch)
     model = make_model(dtype=torch.float32, mode="fused", **SIZES)
     counts = []
     for num_tokens in (1, 2, 18):  # within a chunk of the memory, and over its edge
@@ -71,3 +78,19 @@ def test_generates_the_same_tokens(make_model: Callable[..., NeuroGen]):
     got = model.generate(prompt, **settings)
     assert torch.equal(got.tokens, expected.tokens)
     torch.testing.assert_close(got.log_probs, expected.log_probs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="tests/generation/test_launch.py counts launches by the profiler on a GPU")
+def test_launches_of_a_reply_do_not_grow_with_its_length(
+    make_model: Callable[..., NeuroGen], monkeypatch: pytest.MonkeyPatch
+):
+    launched = count_launches(monkeypatch)
+    model = make_model(dtype=torch.float32, vocab_size=19, mode="fused", **SIZES)
+    counts = []
+    for max_new_tokens in (1, 2, 4):
+        out = model.generate(torch.tensor([[1, 5, 2]]), max_new_tokens=max_new_tokens, seed=4)
+        assert out.lengths.tolist() == [max_new_tokens]
+        counts.append(Counter(launched))
+        launched.clear()
+    assert counts[0] == counts[1] == counts[2]
+    assert sum(counts[0].values()) > 1, "the prompt's launches and the reply's"

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from neurogen.brain import BrainState
-from neurogen.training.checkpoint import find_latest
+from neurogen.training.checkpoint import find_latest, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(200))
@@ -89,16 +90,53 @@ def test_generate_continues_any_prompt(
     prompt: str, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["checkpoint=runs/a", f"prompt={prompt}", "max_new_tokens=12", "seed=3"]
-    code, plain, _ = run_here("generate.py", *arguments, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
+    code, plain, err = run_here("generate.py", *arguments, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
     _, out, _ = run_here(
-        "generate.py", *arguments, "format=json", folder=trained, monkeypatch=monkeypatch, capsys=capsys
+        "generate.py", *arguments, "format=jsonl", folder=trained, monkeypatch=monkeypatch, capsys=capsys
     )
     result = json.loads(out)
     assert code == 0
     assert result["prompt"] == prompt
     assert plain == prompt + result["text"] + "\n"
-    assert 1 <= result["num_tokens"] <= 12
-    assert result["log_prob"] < 0
+    assert 1 <= len(result["tokens"]) == result["num_tokens"] <= 12
+    assert result["log_prob_mean"] < 0
+    assert (result["seed"], result["sample"]) == (3, 0)
+    assert result["tokens_per_second"] > 0
+    assert re.fullmatch(r"\d+ tokens in [\d.]+ s: [\d.,]+ tokens/s\n", err)
+
+
+def test_generate_draws_samples_of_a_file_or_of_stdin_alike(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = "def f(x):\n"
+    (trained / "prompt.txt").write_text(prompt)
+    arguments = ["checkpoint=runs/a", "max_new_tokens=16", "seed=3", "num_samples=3", "format=jsonl"]
+    ways = []
+    for word in ("prompt_file=prompt.txt", "prompt_file=-", f"prompt={prompt}"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
+        code, out, _ = run_here(
+            "generate.py", *arguments, word, folder=trained, monkeypatch=monkeypatch, capsys=capsys
+        )
+        assert code == 0
+        rows = [json.loads(line) for line in out.splitlines()]
+        ways.append([(row["prompt"], row["sample"], row["tokens"]) for row in rows])
+    assert ways[0] == ways[1] == ways[2]
+    assert [(text, sample) for text, sample, _ in ways[0]] == [(prompt, 0), (prompt, 1), (prompt, 2)]
+    assert len({tuple(tokens) for _, _, tokens in ways[0]}) > 1
+
+
+def test_generate_ends_at_a_stop_string(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["checkpoint=runs/a", "prompt=def ", "seed=1", "max_new_tokens=40", "format=jsonl"]
+    _, out, _ = run_here("generate.py", *arguments, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
+    free = json.loads(out)["text"]
+    stop = next(character for character in free[5:] if character.isalnum())
+    _, out, _ = run_here(
+        "generate.py", *arguments, f'stop=["{stop}"]', folder=trained, monkeypatch=monkeypatch, capsys=capsys
+    )
+    result = json.loads(out)
+    assert (result["text"], result["ended"]) == (free[: free.index(stop)], "stop")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +146,13 @@ def test_generate_continues_any_prompt(
         (["checkpoint=runs/a", "top_p=3"], "top_p"),
         (["checkpoint=runs/a", "max_new_tokens=0"], "max_new_tokens=0: must be at least 1"),
         (["checkpoint=runs/a", "device=cuda:99"], "device=cuda:99"),
+        (["checkpoint=runs/a", "prompt=x", "prompt_file=y"], "prompt and prompt_file are both given"),
+        (["checkpoint=runs/a", "prompt_file=nowhere.txt"], "prompt_file=nowhere.txt: cannot be read"),
+        (["checkpoint=runs/a", "prompt_file=runs/a/latin.txt"], "is no UTF-8"),
+        (["checkpoint=runs/a", "num_samples=0"], "num_samples=0: must be at least 1"),
+        (["checkpoint=runs/a", "format=json"], "format=json"),
+        (["checkpoint=runs/a", 'stop=[""]'], "stop string is empty"),
+        (["checkpoint=runs/a", "temperature=-1"], "temperature=-1"),
         (["prompt=x"], "checkpoint: missing"),
     ],
 )
@@ -118,6 +163,7 @@ def test_generates_mistakes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    (trained / "runs" / "a" / "latin.txt").write_bytes(b"caf\xe9")
     code, out, err = run_here("generate.py", *arguments, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ")
@@ -175,3 +221,30 @@ def test_replay_runs_a_bundle_and_refuses_what_is_none(
     code, out, err = run_here("replay.py", "bundle=runs/a", folder=trained, monkeypatch=monkeypatch, capsys=capsys)
     assert (code, out) == (2, "")
     assert "is a checkpoint without a batch" in err
+
+
+def test_diagnose_watches_a_checkpoint(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["what=activity", "checkpoint=runs/a", "text=notes.txt", "sequence=20", "out=watched"]
+    code, out, err = run_here("diagnose.py", *arguments, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, err) == (0, "")
+    assert "half-life" in out
+    result = json.loads((trained / "watched" / "activity-checkpoint.json").read_text())
+    assert result["checkpoint"] == "runs/a"
+    config = load_checkpoint(str(trained / "runs" / "a")).metadata["config"]
+    assert result["embedding_dim"] == config["model"]["embedding_dim"]
+    assert 0 < result["activity"]["loss"] < 6
+
+
+def test_report_modes_names_what_it_cannot_read(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, message in (
+        (["result=none.json"], "no result file at none.json"),
+        (["result=none.json", "task=dream"], "task is 'dream'"),
+        ([], "result: missing"),
+    ):
+        code, out, err = run_here("report_modes.py", *arguments, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert message in err
