@@ -113,7 +113,7 @@ def check(
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     ("num_lanes", "num_tokens", "num_heads", "width"),
-    [(1, 1, 1, 16), (2, 16, 1, 16), (3, 37, 2, 16), (1, 33, 1, 32), (1, 20, 1, 64)],
+    [(1, 1, 1, 16), (2, 16, 1, 16), (2, 37, 2, 16), (1, 33, 1, 32), (1, 20, 1, 64)],
 )
 def test_agrees_with_float64(rule: str, num_lanes: int, num_tokens: int, num_heads: int, width: int) -> None:
     arguments = draw(rule, num_lanes, num_tokens, num_heads, width)
