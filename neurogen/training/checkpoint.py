@@ -14,6 +14,7 @@ import errno
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
@@ -45,6 +46,7 @@ _FORMAT_VERSION = 1
 _TENSOR_FILES = ("model.safetensors", "optimizer.safetensors", "state.safetensors")
 _FOLDER = re.compile(r"step-(\d{8,})(\.replaced)?")
 _TEMPORARY = ".tmp-"
+_log = logging.getLogger(__name__)
 _REMEDY = "the checkpoint is damaged or unfinished, use another one"
 
 
@@ -248,6 +250,22 @@ def find_latest(directory: Path) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
+def find_usable(directory: Path) -> Path | None:
+    """Return the newest complete checkpoint in a folder, with a logged warning for each newer one that is damaged.
+
+    Returns None where none was ever saved, and the newest damaged one where all are: loading that says what is wrong.
+    A killed save leaves no folder of this name, so one that is not whole was damaged later.
+    """
+    folders = {int(path.name[5:]): path for path in directory.glob("step-*") if path.name[5:].isdigit()}
+    latest = find_latest(directory)
+    if latest is None:
+        return folders[max(folders)] if folders else None
+    for step in sorted(folders):
+        if step > int(latest.name[5:].removesuffix(".replaced")):
+            _log.warning("warning: %s is damaged; going by %s instead", folders[step], latest)
+    return latest
+
+
 def _is_complete(path: Path, step: int) -> bool:
     try:
         document = _read_metadata(path)
@@ -306,7 +324,7 @@ def _resolve(path: Path) -> Path:
     if (path / METADATA_NAME).exists() or _FOLDER.fullmatch(path.name):
         return path
     inner = path / "checkpoints"
-    latest = find_latest(inner if inner.is_dir() else path)
+    latest = find_usable(inner if inner.is_dir() else path)
     if latest is None:
         raise UserError(f"{path} holds no complete checkpoint; give a run directory or a checkpoints/step-... folder")
     return latest

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from neurogen.errors import UserError
-from neurogen.training.checkpoint import Checkpoint, find_latest, load_checkpoint
+from neurogen.training.checkpoint import Checkpoint, find_usable, load_checkpoint
 from neurogen.training.run_directory import RunDirectory, config_fingerprint
 
 ABSENT = "<absent>"
@@ -48,7 +48,7 @@ def _continue(path: Path, run_dir: str | None) -> tuple[RunDirectory, Checkpoint
     try:
         if is_checkpoint:
             return run, load_checkpoint(path)
-        latest = find_latest(run.checkpoints)
+        latest = find_usable(run.checkpoints)
         return run, None if latest is None else load_checkpoint(latest)
     except BaseException:
         run.close()

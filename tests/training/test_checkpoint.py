@@ -153,10 +153,12 @@ def test_a_run_directory_a_checkpoints_folder_and_a_checkpoint_all_load(tmp_path
 def test_paths_that_hold_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "step-00000001").mkdir()
+    (tmp_path / "empty").mkdir()
     for given, problem in {
         "gone": "does not exist",
         "file": "is a file",
-        ".": "no complete",
+        "empty": "no complete",
+        ".": "cannot read",
         "step-00000001": "cannot read",
     }.items():
         with pytest.raises(UserError, match=problem) as caught:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from neurogen.errors import UserError
-from neurogen.training.checkpoint import save_checkpoint
+from neurogen.training.checkpoint import load_checkpoint, save_checkpoint
 from neurogen.training.resume import config_difference, find_unfinished, prepare_run
 from neurogen.training.run_directory import RunDirectory, config_fingerprint
 
@@ -65,6 +65,24 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
         prepare(tmp_path, resume=path)
     # The refusal gave the lock back.
     assert prepare(tmp_path, resume=path / "checkpoints" / "step-00000001") == (path, 1)
+
+
+def test_damaged_checkpoints_are_named_and_never_a_new_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = make_run(tmp_path / "run")
+    truncate(path / "checkpoints" / "step-00000002")
+    assert prepare(tmp_path, resume=path) == (path, 1)
+    assert "step-00000002 is damaged; going by" in caplog.text
+    truncate(path / "checkpoints" / "step-00000001")
+    for where in (path, path / "checkpoints" / "step-00000001"):
+        with pytest.raises(UserError, match=r"model\.safetensors has \d+ bytes, \d+ were written"):
+            prepare(tmp_path, resume=where)
+    with pytest.raises(UserError, match=r"step-00000002/model\.safetensors has"):
+        load_checkpoint(path)
+
+
+def truncate(checkpoint: Path) -> None:
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
 
 
 def test_auto_with_a_run_dir(tmp_path: Path) -> None:
