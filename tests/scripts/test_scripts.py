@@ -113,9 +113,7 @@ def test_generate_draws_samples_of_a_file_or_of_stdin_alike(
     ways = []
     for word in ("prompt_file=prompt.txt", "prompt_file=-", f"prompt={prompt}"):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
-        code, out, _ = run_here(
-            "generate.py", *arguments, word, folder=trained, monkeypatch=monkeypatch, capsys=capsys
-        )
+        code, out, _ = run_here("generate.py", *arguments, word, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
         assert code == 0
         rows = [json.loads(line) for line in out.splitlines()]
         ways.append([(row["prompt"], row["sample"], row["tokens"]) for row in rows])
