@@ -48,7 +48,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(vocab_size, config.embedding_dim)
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(GPTLayer(config) for _ in range(config.num_layers))
         self.decoder = nn.Linear(config.embedding_dim, vocab_size, bias=False)
         nn.init.zeros_(self.decoder.weight)
 
@@ -71,7 +71,9 @@ class GPT(nn.Module):
         return 6 * weights + 6 * self.config.num_layers * self.config.embedding_dim * context
 
 
-class _Layer(nn.Module):
+class GPTLayer(nn.Module):
+    """Attention and SwiGLU, each added to the residual stream."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config

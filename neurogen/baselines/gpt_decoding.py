@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neurogen.baselines.gpt import GPT, ROTARY_BASE, rms, rotate
+from neurogen.baselines.gpt import GPT, ROTARY_BASE, GPTLayer, rms
 from neurogen.errors import UserError
 
 
@@ -33,9 +33,7 @@ class KeyValueCache:
         shape = (lanes, config.embedding_dim // config.head_width, capacity, config.head_width)
 
         def buffers() -> tuple[Tensor, ...]:
-            return tuple(
-                torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(config.num_layers)
-            )
+            return tuple(torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(config.num_layers))
 
         return cls(buffers(), buffers())
 
@@ -69,6 +67,7 @@ def decode_step(model: GPT, token_ids: Tensor, position: Tensor, cache: KeyValue
     visible = torch.arange(cache.capacity, device=token_ids.device)[None, :] <= position  # [1, S]
     x = rms(model.embedding(token_ids), eps)[:, None]
     for layer, keys, values in zip(model.layers, cache.keys, cache.values):
+        assert isinstance(layer, GPTLayer)
         query, key, value = layer.heads(x, rotation)
         keys[:, :, position[None]] = key
         values[:, :, position[None]] = value

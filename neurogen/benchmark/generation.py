@@ -111,6 +111,7 @@ class Way:
 
     def build(self, device: torch.device) -> Callable[[], Reply]:
         if device not in self._built:
+            read_rate(device)  # while there is room: a cache may fill the device
             with arithmetic(device, self.work.dtype):
                 run = self.make(device)
 
@@ -122,8 +123,8 @@ class Way:
         return self._built[device]
 
     def error(self, device: torch.device) -> float:
-        """norm(ours - theirs) / norm(theirs) of the log-probabilities of the reply's own tokens, which the float32 model
-        reads as one sequence."""
+        """norm(ours - theirs) / norm(theirs) of the log-probabilities of the reply's own tokens; theirs are those of the
+        float32 model, which reads the reply as one sequence."""
         tokens, log_probs = self.build(device)()
         lanes = min(self.work.lanes, CHECKED_LANES)
         model = copy.deepcopy(make_brain(self.work, device, "unfused")).float()

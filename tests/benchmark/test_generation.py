@@ -27,6 +27,10 @@ def expected_reply(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return reply.tokens, reply.log_probs
 
 
+TRACING = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch's own tracer
+
+
+@TRACING
 @pytest.mark.parametrize("how", [Launched, Replayed])
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_a_loop_over_steps_is_the_models_reply(how: type[Launched] | type[Replayed], is_compiled: bool) -> None:
@@ -107,6 +111,7 @@ def test_a_warm_call_follows_an_untimed_one() -> None:
 
 
 @pytest.mark.slow
+@TRACING
 def test_the_suite_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "results.json"
     words = ["suite=generation", "size=test", "device=cpu", "seconds=0", f"output={path}"]
@@ -126,6 +131,7 @@ def test_the_suite_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.gpu
+@TRACING
 def test_recorded_and_compiled_steps_make_the_reply_on_a_gpu() -> None:
     device = torch.device("cuda")
     ways = list(suite.brain_ways(WORK))
