@@ -5,9 +5,10 @@
     python scripts/generate.py checkpoint=runs/... prompt_file=notes.txt num_samples=4 format=jsonl > samples.jsonl
     echo -n "import " | python scripts/generate.py checkpoint=runs/... prompt_file=-
 
-Everything after `prompt=` is the prompt, whatever it holds; prompt_file is read as it stands, its last line feed too.
-Prints the prompt and what follows it, or one JSON object a sample; tokens/s, the reading of the prompt and a first
-launch's compiling among them, go to stderr.
+A line feed in a stop string is written as a shell writes one: $'stop=["\\n\\n"]'. Everything after `prompt=` is the
+prompt, whatever it holds; prompt_file is read as it stands, its last line feed too. Prints the prompt and what follows
+it, or one JSON object a sample; tokens/s, the reading of the prompt and a first launch's compiling among them, go to
+stderr.
 """
 
 import json

@@ -123,8 +123,8 @@ class Way:
         return self._built[device]
 
     def error(self, device: torch.device) -> float:
-        """norm(ours - theirs) / norm(theirs) of the log-probabilities of the reply's own tokens; theirs are those of the
-        float32 model, which reads the reply as one sequence."""
+        """norm(ours - theirs) / norm(theirs) of the log-probabilities of the reply's own tokens; theirs are those of
+        the float32 model, which reads the reply as one sequence."""
         tokens, log_probs = self.build(device)()
         lanes = min(self.work.lanes, CHECKED_LANES)
         model = copy.deepcopy(make_brain(self.work, device, "unfused")).float()
