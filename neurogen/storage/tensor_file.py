@@ -75,7 +75,7 @@ def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def raw_bytes(tensor: Tensor) -> memoryview:
     """A tensor's elements in C order as bytes, on the host."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> FileRecord:
