@@ -19,7 +19,7 @@ GROUPS = ("drive", "drive_bias", "lateral_weight", "decay_logit", "cortex, rest"
 def window_gradients(
     rule: LearningRule, model: NeuroGen, batch: Batch, state: BrainState | None = None
 ) -> dict[str, Tensor]:
-    """The gradient of a window's mean loss by parameter name, zeros where the rule gives none. `.grad` is left empty."""
+    """The gradient of a window's mean loss by parameter, zeros where the rule gives none; `.grad` is left empty."""
     model.zero_grad(set_to_none=True)
     rule.learn(model, batch, state, share=1.0, autocast=nullcontext)
     gradients = {
@@ -54,9 +54,7 @@ def by_group(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     return {group: torch.cat([part.flatten() for part in found]) for group, found in parts.items() if found}
 
 
-def cosines(
-    rule: LearningRule, model: NeuroGen, batch: Batch, state: BrainState | None = None
-) -> dict[str, float]:
+def cosines(rule: LearningRule, model: NeuroGen, batch: Batch, state: BrainState | None = None) -> dict[str, float]:
     """Cosine between the rule's gradient and BPTT's, by group and for `all` together; nan where one is zero."""
     ours = by_group(window_gradients(rule, model, batch, state))
     exact = by_group(window_gradients(BPTT(), model, batch, state))

@@ -83,7 +83,9 @@ def by_lateral(spikes_before: Tensor, decay: Tensor, column_width: int) -> Tenso
     return (1 - decay)[:, None] * columns.repeat_interleave(column_width, dim=1)
 
 
-def by_decay_logit(drive: Tensor, before: CortexState, lateral_weight: Tensor, decay: Tensor, threshold: float) -> Tensor:
+def by_decay_logit(
+    drive: Tensor, before: CortexState, lateral_weight: Tensor, decay: Tensor, threshold: float
+) -> Tensor:
     """dv_t/dlogit(alpha), `[B, D, 1]`: (v - theta s - I / (2 sqrt(1 - alpha)) - R s) alpha (1 - alpha), v and s those
     of the token before and I `[B, D]` this token's drive."""
     columns = before.spikes.unflatten(-1, (lateral_weight.shape[0], -1))

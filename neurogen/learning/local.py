@@ -168,10 +168,9 @@ class LocalLearning:
         return {"predicted_loss": self.predicted_loss, "num_predicted": self.num_predicted}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        for name, own in self.state_tensors().items():
-            if name not in tensors:
-                raise UserError("learning=local: the checkpoint is of a run without it; start anew, or keep its rule")
-            own.copy_(tensors[name])
+        """Restore the prediction; without one (the run learnt by back-propagation so far) it begins now."""
+        for name, tensor in tensors.items():
+            self.state_tensors()[name].copy_(tensor)
 
     def learn(
         self, model: NeuroGen, batch: Batch, state: BrainState | None, *, share: float, autocast: Autocast
@@ -218,7 +217,7 @@ class LocalLearning:
     def _forward(
         self, model: NeuroGen, token_ids: Tensor, state: BrainState, starts: Tensor, synapses: dict[str, _Synapses]
     ) -> _Token:
-        """`Brain.forward` for one token a lane, `[B, 1]`, with the state and (unless spatial) every reading detached."""
+        """`Brain.forward` for one token a lane, `[B, 1]`; the state and (unless spatial) every reading is detached."""
         brain, eps = model.brain, model.config.norm_eps
         spatial = self.config.feedback == "spatial"
         x, recent_ids = brain.thalamus(token_ids, model.embedding.weight, state.recent_ids, starts, "reference")
@@ -316,4 +315,10 @@ def _cortex_token(
 
 
 def _added(so_far: Activity | None, new: Activity) -> Activity:
-    return new if so_far is None else Activity(*(one + other for one, other in zip(so_far, new)))
+    if so_far is None:
+        return new
+    return Activity(
+        so_far.num_fired + new.num_fired,
+        so_far.num_saturated + new.num_saturated,
+        so_far.num_tokens + new.num_tokens,
+    )

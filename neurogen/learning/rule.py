@@ -77,7 +77,7 @@ class BPTT:
         return {}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        assert not tensors, "back-propagation carries nothing"
+        """Nothing is carried: a run that goes on from a local rule's leaves its prediction behind."""
 
 
 def make_learning_rule(config: LearningConfig, model: torch.nn.Module, *, seed: int) -> LearningRule:

@@ -13,7 +13,7 @@ from neurogen.data.batches import IGNORE
 from neurogen.training.precision import Precision
 
 if TYPE_CHECKING:
-    from neurogen.model import NeuroGen
+    from neurogen.models import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: NeuroGen,
+    model: LanguageModel,
     stream: TokenStream,
     tokenizer: Tokenizer,
     *,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import random
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from neurogen.config.compose import config_to_dict
+from neurogen.config.compose import build_config, config_to_dict
+from neurogen.config.schema import Config
 from neurogen.data import build_corpus
 from neurogen.errors import UserError
 from neurogen.training.checkpoint import Checkpoint
@@ -21,9 +22,6 @@ from neurogen.training.resume import config_difference, prepare_run
 from neurogen.training.session import build_session
 from neurogen.training.signals import StopRequest
 from neurogen.training.trainer import INTERRUPTED, Trainer
-
-if TYPE_CHECKING:
-    from neurogen.config.schema import Config
 
 # Changing these would give the saved weights, moments or lanes another meaning; the data's position and text are
 # checked apart.
@@ -93,7 +91,9 @@ def set_arithmetic(config: Config) -> None:
 def compare_configs(checkpoint: Checkpoint, config: dict[str, Any]) -> list[str]:
     """One line a setting that differs from the checkpoint's. Raises UserError for one that must not."""
     lines = []
-    for key, (old, new) in config_difference(checkpoint.metadata["config"], config).items():
+    # A checkpoint older than a setting was made with what is that setting's default now.
+    saved = config_to_dict(build_config(checkpoint.metadata["config"], Config))
+    for key, (old, new) in config_difference(saved, config).items():
         if key in PLACE_KEYS:
             continue
         if key.startswith(FIXED_KEYS):

@@ -18,8 +18,8 @@ from neurogen.config.compose import config_to_dict
 from neurogen.data import Batches, Corpus, make_batches
 from neurogen.data.config import default_cache_dir
 from neurogen.errors import UserError
-from neurogen.model import NeuroGen
-from neurogen.modes.select import select_mode
+from neurogen.learning import LearningRule, make_learning_rule
+from neurogen.models import LanguageModel, build_model
 from neurogen.training.checkpoint import Checkpoint
 from neurogen.training.meter import Meter
 from neurogen.training.optimizer import ModelOptimizer, build_optimizer
@@ -30,7 +30,7 @@ from neurogen.training.schedule import Progress
 if TYPE_CHECKING:
     from neurogen.config.schema import Config
 
-BRAIN, METER = "brain/", "meter/"
+BRAIN, METER, LEARNING = "brain/", "meter/", "learning/"
 
 
 @dataclass
@@ -44,10 +44,11 @@ class Session:
     config: Config
     corpus: Corpus
     precision: Precision
-    model: NeuroGen
+    model: LanguageModel
     optimizer: ModelOptimizer
     batches: Batches
     meter: Meter
+    learning: LearningRule
     progress: Progress = field(default_factory=Progress)
     states: list[BrainState | None] = field(default_factory=list)
 
@@ -65,6 +66,7 @@ class Session:
         """The keyword arguments of save_checkpoint, all but the directory and the score."""
         meter_tensors, meter_names = self.meter.state()
         state_tensors = {METER + name: tensor for name, tensor in meter_tensors.items()}
+        state_tensors |= {LEARNING + name: tensor for name, tensor in self.learning.state_tensors().items()}
         if self.carries_state and None not in self.states:
             whole = BrainState.cat([state for state in self.states if state is not None])
             state_tensors |= {BRAIN + name: tensor for name, tensor in whole.tensors().items()}
@@ -110,6 +112,7 @@ class Session:
         self.progress = Progress(checkpoint.step, int(saved["tokens"]), float(saved["seconds"]))
         tensors = checkpoint.state_tensors.load(device=str(self.precision.device))
         self.meter.load_state(_under(METER, tensors), list(saved["meter_names"]))
+        self.learning.load_state_tensors(_under(LEARNING, tensors))
         brain = _under(BRAIN, tensors)
         if self.carries_state and brain:
             self.states = self._divide(BrainState.from_tensors(brain))
@@ -126,17 +129,17 @@ def build_session(config: Config, corpus: Corpus) -> Session:
     """A new session at step 0. Raises UserError for a mode, device or size that cannot be had."""
     device = resolve_device(config.trainer.device)
     precision = Precision.resolve(device, config.trainer.dtype)
-    mode = select_mode(
-        config.mode.name,
-        config.model,
-        device,
-        precision.activations,
-        cache_dir=Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir(),
-        on_canary_failure=config.mode.on_canary_failure,
-    )
     batches = make_batches(corpus.train, config.data, seed=config.seed)
     torch.manual_seed(config.seed)
-    model = NeuroGen(config.model, vocab_size=corpus.tokenizer.vocab_size, mode=mode)
+    model = build_model(
+        config.model,
+        vocab_size=corpus.tokenizer.vocab_size,
+        mode=config.mode,
+        precision=precision,
+        starts_documents=corpus.train.document_start_id is not None,
+        window=config.data.window,
+        cache_dir=Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir(),
+    )
     precision.place(model)
     states: list[BrainState | None] = [None] * config.trainer.accumulation
     return Session(
@@ -147,11 +150,12 @@ def build_session(config: Config, corpus: Corpus) -> Session:
         build_optimizer(model, config.optimizer),
         batches,
         Meter(device),
+        make_learning_rule(config.learning, model, seed=config.seed),
         states=states,
     )
 
 
-def load_weights(model: NeuroGen, checkpoint: Checkpoint) -> None:
+def load_weights(model: LanguageModel, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's parameters into a model of the same shape. Raises UserError, naming the tensor, if one does
     not fit."""
     own: dict[str, Tensor] = dict(model.state_dict())

@@ -44,7 +44,11 @@ class Trainer:
         self.recorder = recorder
         self.config = session.config.trainer
         self.update = Update(
-            session.model, session.optimizer, clip_norm=self.config.clip_norm, precision=session.precision
+            session.model,
+            session.optimizer,
+            clip_norm=self.config.clip_norm,
+            precision=session.precision,
+            learning=session.learning,
         )
         self.clock = Stopwatch(session.precision.device, seconds=session.progress.seconds)
         self._step_tokens = session.config.data.lanes * session.config.data.window

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from neurogen.brain import BrainState
 from neurogen.data import Batch
 from neurogen.data.batches import IGNORE
+from neurogen.learning import BPTT, LearningRule
 from neurogen.training.optimizer import ModelOptimizer
 from neurogen.training.precision import Precision
 
 if TYPE_CHECKING:
-    from neurogen.model import NeuroGen
+    from neurogen.models import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,23 @@ class Update:
         model, optimizer: what is moved, and how.
         clip_norm: the global gradient norm is scaled down to this.
         precision: the arithmetic of the forward pass.
+        learning: how gradients are made; back-propagation through the window if None.
     """
 
-    def __init__(self, model: NeuroGen, optimizer: ModelOptimizer, *, clip_norm: float, precision: Precision) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        optimizer: ModelOptimizer,
+        *,
+        clip_norm: float,
+        precision: Precision,
+        learning: LearningRule | None = None,
+    ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.clip_norm = clip_norm
         self.precision = precision
+        self.learning: LearningRule = learning or BPTT()
         self._params = [param for param in model.parameters() if param.requires_grad]
 
     def __call__(self, batches: Sequence[Batch], states: Sequence[BrainState | None]) -> StepResult:
@@ -81,16 +92,12 @@ class Update:
         losses, correct, ends, healths = [], [], [], []
         for batch, state, count in zip(batches, states, counts):
             part = _to_device(batch, self.precision.device)
-            with self.precision.autocast():
-                out = self.model(part.input_ids, state, document_start=part.document_start, target_ids=part.target_ids)
-            assert out.loss is not None
-            assert out.num_correct is not None
+            share = count / total
+            out = self.learning.learn(self.model, part, state, share=share, autocast=self.precision.autocast)
             if count:
-                loss = out.loss * (count / total)
-                loss.backward()
-                losses.append(loss.detach())
+                losses.append(out.loss * share)
             correct.append(out.num_correct)
-            ends.append(_finite(out.state.detach()))
+            ends.append(_finite(out.state))
             healths.append(out.health)
         loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.precision.device)
         grad_norm = nn.utils.clip_grad_norm_(self._params, self.clip_norm, error_if_nonfinite=False)

@@ -26,7 +26,7 @@ CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF_DIR.glob("*/
 def test_every_choice_of_every_group_composes(choice: str) -> None:
     config = compose_config([choice, *NEEDS.get(choice, [])])
     group, name = choice.split("=")
-    if group in ("mode", "optimizer", "schedule", "logger"):
+    if group in ("mode", "optimizer", "schedule", "logger", "learning"):
         assert getattr(config, group).name == name
 
 
@@ -38,10 +38,11 @@ def test_the_groups_folders_are_the_schema() -> None:
 @pytest.mark.parametrize("choice", [choice for choice in CHOICES if not choice.startswith("experiment=")])
 def test_a_choice_lists_every_key(choice: str) -> None:
     # A key missing from the YAML could not be overridden from the command line.
-    group, name = choice.split("=")
-    schema = GROUPS[group][name] if isinstance(GROUPS[group], dict) else GROUPS[group]
+    group, _ = choice.split("=")
+    node = compose_node([choice])[group]
+    schema = GROUPS[group][node.name] if isinstance(GROUPS[group], dict) else GROUPS[group]
     if choice != "logger=none":  # which has nothing to set
-        assert set(compose_node([choice])[group]) == {field.name for field in dataclasses.fields(schema)}
+        assert set(node) == {field.name for field in dataclasses.fields(schema)}
 
 
 def test_yaml_values_are_the_schemas_defaults_where_both_give_one() -> None:

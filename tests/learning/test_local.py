@@ -169,7 +169,7 @@ def test_the_window_is_not_kept() -> None:
         class Held:
             def __init__(self, tensor: torch.Tensor) -> None:
                 nonlocal saved, most
-                self.tensor, self.size = tensor, tensor.numel()
+                self.tensor, self.size = tensor.detach(), tensor.numel()  # the tensor itself may make a cycle
                 saved += self.size
                 most = max(most, saved)
 
@@ -181,7 +181,7 @@ def test_the_window_is_not_kept() -> None:
             local(model).learn(model, make_batch(window=window), None, share=1.0, autocast=nullcontext)
         return most
 
-    assert most_saved(48) == most_saved(16) > 0
+    assert most_saved(16) == most_saved(4) > 0
 
 
 def test_groups_hold_every_parameter() -> None:
