@@ -54,9 +54,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs that differ in their seed alone, together, under the settings that tell the groups apart."""
-    configs = [
-        {key: value for key, value in run.config.items() if key.split(".")[0] not in APART_KEYS} for run in runs
-    ]
+    configs = [{key: value for key, value in run.config.items() if key.split(".")[0] not in APART_KEYS} for run in runs]
     keys = list(dict.fromkeys(key for config in configs for key in config))
     differing = [key for key in keys if len({repr(config.get(key, _MISSING)) for config in configs}) > 1]
     # What only one kind of model or optimiser has says no more than its name.
