@@ -18,6 +18,8 @@ NEEDS = {
     "data=mixture": ["data.sources={a: {kind: stdlib, split: documents, weight: 1}}"],
     "data=enwiki": ["data.path=a.jsonl.zst"],
     "experiment=enwiki_50s": ["data.path=a.jsonl.zst"],
+    "experiment=enwiki_180s": ["data.path=a.jsonl.zst"],
+    "experiment=shakespeare_char": ["data.path=a.txt"],
 }
 CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF_DIR.glob("*/[!_]*.yaml"))
 
@@ -97,6 +99,9 @@ ERRORS = {
     "model.spike=foo": r"model\.spike is 'foo'.*graded, binary",
     "mode=warp": "mode=warp: no such choice; choose one of auto, fused, naive, pointer, preallocated, unfused",
     "mode.name=warp": r"mode\.name=warp: unknown",
+    "learning=foo": "learning=foo: no such choice; choose one of bptt, local",
+    "learning.dopamine=1": r"learning\.dopamine: the chosen learning has no such key; .*learning=local",
+    "model.num_layers=2": r"model\.num_layers: the chosen model has no such key; .*model=gpt or lstm",
     "optimizer.lr=0": r"optimizer\.lr=0\.0: must be more than 0",
     "optimizer.lr=nan": r"optimizer\.lr=nan: must be a finite number",
     "optimizer.momentum=0.9": r"optimizer\.momentum: the chosen optimizer has no such key; .*optimizer=muon",
