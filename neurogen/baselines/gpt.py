@@ -1,74 +1,88 @@
 """A transformer of the kind commonly trained today: RMSNorm, rotary positions, SwiGLU, scaled-dot-product attention."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+import dataclasses
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neurogen.errors import UserError
+from kernels.decode import DecodeOutput
+from kernels.segments import segment_index
+from neurogen.baselines.base import Baseline
+from neurogen.baselines.config import GPTConfig
+from neurogen.brain import BrainState
+from neurogen.brain.state import LayerState
+from neurogen.model import Output
 
 ROTARY_BASE = 10_000.0
 
 
-@dataclass(frozen=True)
-class GPTConfig:
-    """Sizes of a GPT.
-
-    Arguments:
-        embedding_dim: D.
-        num_layers: at least 1.
-        head_width: divides D; even, since rotary positions turn pairs of channels.
-        mlp_ratio: hidden width of SwiGLU over D, rounded to a multiple of 64.
-        norm_eps: added to mean squares.
-    """
-
-    embedding_dim: int = 512
-    num_layers: int = 6
-    head_width: int = 64
-    mlp_ratio: float = 8 / 3
-    norm_eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if self.num_layers < 1:
-            raise UserError(f"num_layers is {self.num_layers}; a GPT needs at least 1")
-        if self.head_width % 2 or self.embedding_dim % self.head_width:
-            raise UserError(
-                f"head_width is {self.head_width}; it must be even and divide embedding_dim = {self.embedding_dim}"
-            )
-
-
-class GPT(nn.Module):
-    """Token ids `[B, T]` to logits `[B, T, V]`, or with targets to the mean cross-entropy in nats.
+class GPT(Baseline):
+    """Attends within its window and carries nothing from one to the next.
 
     Projections back to the residual stream and the decoder start at zero, as in the brain it is compared with.
+
+    Arguments:
+        config: sizes.
+        vocab_size: V.
+        mask_documents: whether a token sees its own document alone. It has a price, for the mask keeps attention from
+            its fastest kernel; text that marks no documents needs none, and then `document_start` is not looked at.
+        context: tokens of the windows it trains on, which its FLOPs depend on.
     """
 
-    def __init__(self, config: GPTConfig, *, vocab_size: int) -> None:
-        super().__init__()
+    def __init__(self, config: GPTConfig, *, vocab_size: int, mask_documents: bool = True, context: int = 0) -> None:
+        super().__init__(vocab_size=vocab_size)
         self.config = config
+        self.mask_documents = mask_documents
+        self.context = context
         self.embedding = nn.Embedding(vocab_size, config.embedding_dim)
         self.layers = nn.ModuleList(GPTLayer(config) for _ in range(config.num_layers))
         self.decoder = nn.Linear(config.embedding_dim, vocab_size, bias=False)
         nn.init.zeros_(self.decoder.weight)
+        self._compiled = torch.compile(self._measure) if config.compile and torch.cuda.is_available() else self._measure
 
-    def forward(self, input_ids: Tensor, target_ids: Tensor | None = None) -> Tensor:
-        x = rms(self.embedding(input_ids), self.config.norm_eps)
+    def hidden(
+        self, input_ids: Tensor, state: BrainState, document_start: Tensor | None
+    ) -> tuple[Tensor, dict[str, LayerState]]:
+        return self._trunk(input_ids, document_start if self.mask_documents else None), {}
+
+    def measure(
+        self, input_ids: Tensor, state: BrainState, document_start: Tensor | None, target_ids: Tensor
+    ) -> tuple[DecodeOutput, dict[str, LayerState]]:
+        # Training's windows have one shape; evaluation ends with a shorter one, which would be compiled as well.
+        run = self._compiled if input_ids.is_cuda and torch.is_grad_enabled() else self._measure
+        return DecodeOutput(*run(input_ids, document_start if self.mask_documents else None, target_ids)), {}
+
+    def _measure(
+        self, input_ids: Tensor, document_start: Tensor | None, target_ids: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, num_correct, num_targets = self.decode(self._trunk(input_ids, document_start), target_ids)
+        return loss, num_correct, num_targets
+
+    def _trunk(self, input_ids: Tensor, document_start: Tensor | None) -> Tensor:
+        eps = self.config.norm_eps
+        mask = None
+        if document_start is not None:
+            segment = segment_index(document_start)
+            mask = (segment[:, None, :, None] == segment[:, None, None, :]).tril()
+        x = rms(self.embedding(input_ids), eps)
         rotation = rotary_angles(input_ids.shape[1], self.config.head_width, x.device)
         for layer in self.layers:
-            x = layer(x, rotation)
-        logits = self.decoder(rms(x, self.config.norm_eps))
-        if target_ids is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), target_ids.flatten(), ignore_index=-100)
+            x = layer(x, rotation, mask)
+        return rms(x, eps)
 
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
+    def next_logits(self, text: Tensor, state: BrainState, *, num_new: int) -> Output:
+        """Reads the whole text again: there is no cache of keys and values."""
+        out = self(text, state)
+        return dataclasses.replace(out, state=BrainState(state.position + num_new, state.recent_ids))
 
-    def flops_per_token(self, context: int) -> int:
-        """Forward and backward: six a weight of a product, and 12 L D T/2 of causal attention (Chowdhery 2022)."""
+    def flops_per_token(self) -> int:
+        """Forward and backward: six a weight of a product, and 12 L D T/2 of causal attention over T = context
+        (Chowdhery 2022)."""
         weights = self.num_parameters() - self.embedding.weight.numel()
-        return 6 * weights + 6 * self.config.num_layers * self.config.embedding_dim * context
+        return 6 * weights + 6 * self.config.num_layers * self.config.embedding_dim * self.context
 
 
 class GPTLayer(nn.Module):
@@ -86,9 +100,9 @@ class GPTLayer(nn.Module):
         nn.init.zeros_(self.attention_out.weight)
         nn.init.zeros_(self.mlp_out.weight)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         query, key, value = self.heads(x, rotation)
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
         return self.feed_forward(x + self.attention_out(attended.transpose(1, 2).flatten(-2)))
 
     def heads(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

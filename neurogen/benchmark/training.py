@@ -88,9 +88,14 @@ def _brain_step(
 def _gpt_step(work: Workload, dtype: torch.dtype) -> Callable[[torch.device], Callable[[], Any]]:
     def prepare(device: torch.device) -> Callable[[], Any]:
         torch.manual_seed(0)
-        model = GPT(work.gpt, vocab_size=work.vocab_size).to(device)
-        compiled = torch.compile(model) if device.type == "cuda" else model
-        return _update(model, compiled, work, device, dtype)
+        model = GPT(work.gpt, vocab_size=work.vocab_size, mask_documents=False).to(device)
+
+        def loss(input_ids: Tensor, target_ids: Tensor) -> Tensor:
+            out = model(input_ids, target_ids=target_ids)
+            assert out.loss is not None
+            return out.loss
+
+        return _update(model, loss, work, device, dtype)
 
     return prepare
 

@@ -27,6 +27,7 @@ class BrainConfig:
         mlp_ratio: hidden width of a layer's SwiGLU over D, rounded to a multiple of 64.
         norm_eps: added to mean squares and squared norms, > 0.
         chunk_size: tokens the memory solves at once, >= 1; a cost, not a meaning.
+        name: what the configuration calls this kind of model.
     """
 
     embedding_dim: int = 128
@@ -47,6 +48,7 @@ class BrainConfig:
     mlp_ratio: float = 8 / 3
     norm_eps: float = 1e-6
     chunk_size: int = 64
+    name: str = "brain"
 
     def __post_init__(self) -> None:
         for name in ("embedding_dim", "column_width", "head_width", "chunk_size"):

@@ -24,7 +24,14 @@ class MemoryState(NamedTuple):
     fast_weight: Tensor
 
 
-LayerState = CortexState | MemoryState
+class LSTMState(NamedTuple):
+    """What the LSTM we compare with carries, `[B, L, D]` each."""
+
+    hidden: Tensor
+    cell: Tensor
+
+
+LayerState = CortexState | MemoryState | LSTMState
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class BrainState:
             parts.setdefault(layer, {})[part] = tensor
         layers: dict[str, LayerState] = {}
         for layer, named in parts.items():
-            kinds = [kind for kind in (CortexState, MemoryState) if set(kind._fields) == set(named)]
+            kinds = [kind for kind in (CortexState, MemoryState, LSTMState) if set(kind._fields) == set(named)]
             if not kinds:
                 raise UserError(f"layer {layer!r} of the state has parts {sorted(named)}, which no kind of layer has")
             layers[layer] = kinds[0](**named)

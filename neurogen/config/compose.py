@@ -28,7 +28,7 @@ from omegaconf.errors import (
 )
 
 from neurogen.config.checks import check_config
-from neurogen.config.schema import GROUPS, Config
+from neurogen.config.schema import DEFAULT_NAMES, GROUPS, Config
 from neurogen.errors import UserError
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
@@ -141,7 +141,7 @@ def _schema_of(group: str, values: Mapping[str, Any]) -> Any:
     schema = GROUPS[group]
     if not isinstance(schema, dict):
         return schema
-    name = values.get("name")
+    name = values.get("name", DEFAULT_NAMES.get(group))
     if name not in schema:
         raise UserError(f"{group}.name={name}: unknown; choose one of {', '.join(schema)}")
     return schema[name]

@@ -1,8 +1,8 @@
 """The typed shape of every config group: what a YAML file or an override may say.
 
-A group whose choices need different keys (optimizer, schedule) has one dataclass per choice, picked by the group's
-`name`, so that a key the chosen optimiser would not honour is refused instead of ignored. The dataclasses of `model`
-and `data` live beside the code that uses them; `logger` likewise.
+A group whose choices need different keys (model, optimizer, schedule, learning) has one dataclass per choice, picked by
+the group's `name`, so that a key the chosen optimiser would not honour is refused instead of ignored. The dataclasses
+of `model`, `data`, `logger` and `learning` live beside the code that uses them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from neurogen.baselines.config import GPTConfig, LSTMConfig
 from neurogen.brain.config import BrainConfig
 from neurogen.data.config import DataConfig
+from neurogen.learning.config import BPTTConfig, LearningConfig, LocalLearningConfig
 from neurogen.sweep.config import GridConfig, LocalConfig, OptunaConfig, SlurmConfig
 from neurogen.training.loggers import LoggerConfig
 
@@ -136,12 +138,13 @@ class Config:
     """A whole resolved run; every field is checked (see checks.py)."""
 
     mode: ModeConfig
-    model: BrainConfig
+    model: BrainConfig | GPTConfig | LSTMConfig
     data: DataConfig
     optimizer: AdamWConfig | MuonConfig
     schedule: CosineConfig | WSDConfig | ConstantConfig
     logger: LoggerConfig
     trainer: TrainerConfig
+    learning: LearningConfig = field(default_factory=BPTTConfig)
     seed: int = 0
     run_dir: str | None = None
     resume: str | None = None
@@ -149,7 +152,7 @@ class Config:
 
 GROUPS: dict[str, Any] = {
     "mode": ModeConfig,
-    "model": BrainConfig,
+    "model": {"brain": BrainConfig, "gpt": GPTConfig, "lstm": LSTMConfig},
     "data": DataConfig,
     "optimizer": {"adamw": AdamWConfig, "muon": MuonConfig},
     "schedule": {"cosine": CosineConfig, "wsd": WSDConfig, "constant": ConstantConfig},
@@ -157,4 +160,7 @@ GROUPS: dict[str, Any] = {
     "trainer": TrainerConfig,
     "sweep": {"grid": GridConfig, "optuna": OptunaConfig},
     "launcher": {"local": LocalConfig, "slurm": SlurmConfig},
+    "learning": {"bptt": BPTTConfig, "local": LocalLearningConfig},
 }
+# What a configuration without the key means: it was saved before there was a choice.
+DEFAULT_NAMES = {"model": "brain"}

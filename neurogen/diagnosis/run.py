@@ -58,14 +58,11 @@ def diagnose(options: Options, console: Console | None = None) -> Path:
 
 def _modes(options: Options, device: torch.device, folder: Path, console: Console) -> dict[str, Any]:
     missing = missing_instruments(device)
-    modes = []
-    for name in options.modes:
-        try:
-            modes.append(resolve_mode(name))
-        except UserError as error:
-            if options.mode != "all":
-                raise
-            missing.append(str(error))
+    modes = [resolve_mode(name) for name in options.modes]
+    if options.mode == "all" and device.type != "cuda":
+        # At some seconds a token it would say nothing about anything.
+        modes.remove("fused")
+        missing.append("mode fused: without a GPU it runs in Triton's interpreter; name it to have it measured")
     input_ids = make_ids(options, device)
     rows = []
     for task, mode in itertools.product(options.tasks, modes):
@@ -119,6 +116,8 @@ def _trained_model(options: Options) -> tuple[NeuroGen, Tensor]:
     trained = load_trained(
         options.checkpoint, mode=ModeConfig("unfused"), device=options.device, dtype=DTYPES[options.precision]
     )
+    if not isinstance(trained.model, NeuroGen):
+        raise UserError(f"{options.checkpoint}: holds no brain, and what=activity watches one")
     # A token stands for some bytes, so so many characters are tokens enough.
     text = _read_text(options).decode(errors="replace")[: 64 * options.sequence]
     ids = encode_prompt(trained.tokenizer, text, starts_documents=trained.starts_documents)

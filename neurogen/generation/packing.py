@@ -12,6 +12,7 @@ from kernels.generate import BrainShape, PackedBrain, PackedState
 from neurogen.brain import BrainConfig, BrainState, MemoryState
 from neurogen.brain.config import NUM_TAPS
 from neurogen.brain.regions import CortexLayer, MemoryLayer
+from neurogen.brain.state import LayerState
 
 if TYPE_CHECKING:
     from neurogen.model import NeuroGen
@@ -98,7 +99,7 @@ def pack_state(model: NeuroGen, state: BrainState) -> PackedState:
 def unpack_state(packed: PackedState, like: BrainState) -> BrainState:
     """The inverse of `pack_state` for a state with the layers of `like`."""
     cortex, fast = iter(packed.cortex), iter(packed.fast_weight)
-    layers = {
+    layers: dict[str, LayerState] = {
         name: CortexState(*next(cortex)) if isinstance(layer, CortexState) else MemoryState(next(fast))
         for name, layer in like.layers.items()
     }

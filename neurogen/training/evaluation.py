@@ -14,7 +14,7 @@ from neurogen.training.distributed import SINGLE, World
 from neurogen.training.precision import Precision
 
 if TYPE_CHECKING:
-    from neurogen.model import NeuroGen
+    from neurogen.models import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: NeuroGen,
+    model: LanguageModel,
     stream: TokenStream,
     tokenizer: Tokenizer,
     *,

@@ -6,12 +6,13 @@ import contextlib
 import os
 import random
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from neurogen.config.compose import config_to_dict
+from neurogen.config.compose import build_config, config_to_dict
+from neurogen.config.schema import Config
 from neurogen.data import build_corpus
 from neurogen.errors import UserError
 from neurogen.training.checkpoint import Checkpoint, load_checkpoint
@@ -24,9 +25,6 @@ from neurogen.training.run_directory import RunDirectory
 from neurogen.training.session import Session, build_session
 from neurogen.training.signals import StopRequest
 from neurogen.training.trainer import INTERRUPTED, Trainer
-
-if TYPE_CHECKING:
-    from neurogen.config.schema import Config
 
 # Changing these would give the saved weights, moments or lanes another meaning; the data's position and text are
 # checked apart.
@@ -136,7 +134,9 @@ def set_arithmetic(config: Config) -> None:
 def compare_configs(checkpoint: Checkpoint, config: dict[str, Any]) -> list[str]:
     """One line a setting that differs from the checkpoint's. Raises UserError for one that must not."""
     lines = []
-    for key, (old, new) in config_difference(checkpoint.metadata["config"], config).items():
+    # A checkpoint older than a setting was made with what is that setting's default now.
+    saved = config_to_dict(build_config(checkpoint.metadata["config"], Config))
+    for key, (old, new) in config_difference(saved, config).items():
         if key in PLACE_KEYS:
             continue
         if key.startswith(FIXED_KEYS):

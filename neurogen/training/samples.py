@@ -12,7 +12,7 @@ from neurogen.data import Tokenizer
 from neurogen.training.precision import Precision
 
 if TYPE_CHECKING:
-    from neurogen.model import NeuroGen
+    from neurogen.models import LanguageModel
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, *, starts_documents: bool) -> torch.Tensor:
@@ -28,7 +28,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, starts_documents: bool) ->
 
 
 def sample_texts(
-    model: NeuroGen,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,

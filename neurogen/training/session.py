@@ -20,8 +20,8 @@ from neurogen.data import Batches, Corpus, make_batches
 from neurogen.data.config import default_cache_dir
 from neurogen.data.prefetch import Prefetcher
 from neurogen.errors import UserError
-from neurogen.model import NeuroGen
-from neurogen.modes.select import select_mode
+from neurogen.learning import LearningRule, make_learning_rule
+from neurogen.models import LanguageModel, build_model
 from neurogen.training.checkpoint import Checkpoint
 from neurogen.training.distributed import SINGLE, World, device_of, shard_like, whole
 from neurogen.training.guard import Guard
@@ -34,7 +34,7 @@ from neurogen.training.schedule import Progress
 if TYPE_CHECKING:
     from neurogen.config.schema import Config
 
-BRAIN, METER, GUARD = "brain/", "meter/", "guard/"
+BRAIN, METER, GUARD, LEARNING = "brain/", "meter/", "guard/", "learning/"
 
 
 @dataclass
@@ -48,12 +48,13 @@ class Session:
     config: Config
     corpus: Corpus
     precision: Precision
-    model: NeuroGen
+    model: LanguageModel
     optimizer: ModelOptimizer
     batches: Batches | Prefetcher
     meter: Meter
     guard: Guard
     spread: nn.Module
+    learning: LearningRule
     world: World = SINGLE
     progress: Progress = field(default_factory=Progress)
     states: list[BrainState | None] = field(default_factory=list)
@@ -74,6 +75,7 @@ class Session:
         meter_tensors, meter_names = self.meter.state()
         state_tensors = {METER + name: tensor for name, tensor in meter_tensors.items()}
         state_tensors |= {GUARD + name: tensor for name, tensor in self.guard.state().items()}
+        state_tensors |= {LEARNING + name: tensor for name, tensor in self.learning.state_tensors().items()}
         if self.carries_state and None not in self.states:
             state_tensors |= {BRAIN + name: tensor for name, tensor in self.brain_tensors(self.states).items()}
         return {
@@ -137,6 +139,7 @@ class Session:
         tensors = checkpoint.state_tensors.load(device=str(self.precision.device))
         self.meter.load_state(_under(METER, tensors), list(saved["meter_names"]))
         self.guard.load_state(_under(GUARD, tensors))
+        self.learning.load_state_tensors(_under(LEARNING, tensors))
         brain = _under(BRAIN, tensors)
         if self.carries_state and brain:
             self.states = self._divide(BrainState.from_tensors(brain))
@@ -155,17 +158,19 @@ def build_session(config: Config, corpus: Corpus, world: World = SINGLE) -> Sess
     world.share(config.data.lanes // config.trainer.accumulation, "data.lanes / trainer.accumulation")
     device = resolve_device(device_of(world, config.trainer.device))
     precision = Precision.resolve(device, config.trainer.dtype)
-    mode = select_mode(
-        config.mode.name,
-        config.model,
-        device,
-        precision.activations,
-        cache_dir=Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir(),
-        on_canary_failure=config.mode.on_canary_failure,
-    )
+    if world.size > 1 and config.learning.name != "bptt":
+        raise UserError(f"learning={config.learning.name}: runs in one process, not in {world.size}; use learning=bptt")
     batches = make_batches(corpus.train, config.data, seed=config.seed, rank=world.rank, world_size=world.size)
     torch.manual_seed(config.seed)
-    model = NeuroGen(config.model, vocab_size=corpus.tokenizer.vocab_size, mode=mode)
+    model = build_model(
+        config.model,
+        vocab_size=corpus.tokenizer.vocab_size,
+        mode=config.mode,
+        precision=precision,
+        starts_documents=corpus.train.document_start_id is not None,
+        window=config.data.window,
+        cache_dir=Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir(),
+    )
     precision.place(model)
     spread = world.spread(model)
     states: list[BrainState | None] = [None] * config.trainer.accumulation
@@ -179,6 +184,7 @@ def build_session(config: Config, corpus: Corpus, world: World = SINGLE) -> Sess
         Meter(device),
         Guard(device, sigma=config.trainer.outlier_sigma),
         spread,
+        make_learning_rule(config.learning, model, seed=config.seed),
         world,
         states=states,
     )
@@ -189,7 +195,7 @@ def read_ahead(batches: Batches, device: torch.device) -> Batches | Prefetcher:
     return Prefetcher(batches, device) if device.type == "cuda" else batches
 
 
-def load_weights(model: NeuroGen, checkpoint: Checkpoint) -> None:
+def load_weights(model: LanguageModel, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's parameters into a model of the same shape. Raises UserError, naming the tensor, if one does
     not fit."""
     own: dict[str, Tensor] = dict(model.state_dict())

@@ -10,8 +10,7 @@ from neurogen.config.schema import Config, ModeConfig
 from neurogen.data import Tokenizer, load_tokenizer
 from neurogen.data.config import default_cache_dir
 from neurogen.errors import UserError
-from neurogen.model import NeuroGen
-from neurogen.modes.select import select_mode
+from neurogen.models import LanguageModel, build_model
 from neurogen.training.checkpoint import load_checkpoint
 from neurogen.training.precision import Precision, resolve_device
 from neurogen.training.session import load_weights
@@ -30,7 +29,7 @@ class Trained:
     path: Path
     step: int
     config: Config
-    model: NeuroGen
+    model: LanguageModel
     tokenizer: Tokenizer
     precision: Precision
     starts_documents: bool
@@ -57,16 +56,16 @@ def load_trained(path: str, *, mode: ModeConfig, device: str, dtype: str) -> Tra
             f"{checkpoint.path}: its tokenizer ({tokenizer.vocab_size} ids) is not the one its weights were "
             f"trained with ({rows} ids); use the checkpoint as it was saved"
         )
-    resolved = select_mode(
-        mode.name,
+    starts_documents = bool(checkpoint.metadata["starts_documents"])
+    model = build_model(
         config.model,
-        precision.device,
-        precision.activations,
+        vocab_size=rows,
+        mode=mode,
+        precision=precision,
+        starts_documents=starts_documents,
+        window=config.data.window,
         cache_dir=default_cache_dir(),
-        on_canary_failure=mode.on_canary_failure,
     )
-    model = NeuroGen(config.model, vocab_size=rows, mode=resolved)
     load_weights(model, checkpoint)
     precision.place(model)
-    starts_documents = bool(checkpoint.metadata["starts_documents"])
     return Trained(checkpoint.path, checkpoint.step, config, model, tokenizer, precision, starts_documents)

@@ -59,6 +59,7 @@ class Trainer:
             guard=session.guard,
             world=session.world,
             spread=session.spread,
+            learning=session.learning,
         )
         self.clock = Stopwatch(session.precision.device, seconds=session.progress.seconds)
         self._step_tokens = session.config.data.lanes * session.config.data.window

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from neurogen.brain import BrainState
 from neurogen.data import Batch
 from neurogen.data.batches import IGNORE
+from neurogen.learning import BPTT, LearningRule
 from neurogen.training.distributed import SINGLE, World, whole
 from neurogen.training.guard import Guard
 from neurogen.training.optimizer import ModelOptimizer
 from neurogen.training.precision import Precision
 
 if TYPE_CHECKING:
-    from neurogen.model import NeuroGen
+    from neurogen.models import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,12 @@ class Update:
         guard: judges which steps are skipped; None: those that are not finite.
         world: the processes that take each step together.
         spread: the model as `world.spread` returned it.
+        learning: how gradients are made; back-propagation through the window if None.
     """
 
     def __init__(
         self,
-        model: NeuroGen,
+        model: LanguageModel,
         optimizer: ModelOptimizer,
         *,
         clip_norm: float,
@@ -74,6 +76,7 @@ class Update:
         guard: Guard | None = None,
         world: World = SINGLE,
         spread: nn.Module | None = None,
+        learning: LearningRule | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -82,6 +85,7 @@ class Update:
         self.guard = guard or Guard(precision.device)
         self.world = world
         self._spread = spread or model
+        self.learning: LearningRule = learning or BPTT()
         self._params = [param for param in model.parameters() if param.requires_grad]
 
     def __call__(self, batches: Sequence[Batch], states: Sequence[BrainState | None]) -> StepResult:
@@ -104,19 +108,15 @@ class Update:
         losses, correct, ends, healths = [], [], [], []
         for index, (batch, state, count) in enumerate(zip(batches, states, counts)):
             part = _to_device(batch, self.precision.device)
+            # Without targets there is nothing to learn; but other ranks wait for this one's gradients, zero or not.
+            share = count / max(1, num_targets) if count or self.world.size > 1 else None
+            averaged = None if share is None else share * self.world.size  # gradients are averaged over ranks
             with self.world.accumulating(self._spread, last=index == len(batches) - 1):
-                with self.precision.autocast():
-                    out = self._spread(
-                        part.input_ids, state, document_start=part.document_start, target_ids=part.target_ids
-                    )
-                assert out.loss is not None
-                assert out.num_correct is not None
-                if count or self.world.size > 1:  # the other ranks wait for this one's gradients, even if they are zero
-                    loss = out.loss * (count / max(1, num_targets))
-                    (loss * self.world.size).backward()  # gradients are averaged over ranks
-                    losses.append(loss.detach())
+                out = self.learning.learn(self._spread, part, state, share=averaged, autocast=self.precision.autocast)
+            if share is not None:
+                losses.append(out.loss * share)
             correct.append(out.num_correct)
-            ends.append(_finite(out.state.detach()))
+            ends.append(_finite(out.state))
             healths.append(out.health)
         loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.precision.device)
         grad_norm = self._clip()

@@ -18,6 +18,8 @@ NEEDS = {
     "data=mixture": ["data.sources={a: {kind: stdlib, split: documents, weight: 1}}"],
     "data=enwiki": ["data.path=a.jsonl.zst"],
     "experiment=enwiki_50s": ["data.path=a.jsonl.zst"],
+    "experiment=enwiki_180s": ["data.path=a.jsonl.zst"],
+    "experiment=shakespeare_char": ["data.path=a.txt"],
 }
 SWEEPS = ("sweep", "launcher")  # groups of conf/sweep.yaml
 CHOICES = sorted(
@@ -29,7 +31,7 @@ CHOICES = sorted(
 def test_every_choice_of_every_group_composes(choice: str) -> None:
     config = compose_config([choice, *NEEDS.get(choice, [])])
     group, name = choice.split("=")
-    if group in ("mode", "optimizer", "schedule", "logger"):
+    if group in ("mode", "optimizer", "schedule", "logger", "learning"):
         assert getattr(config, group).name == name
 
 
@@ -41,10 +43,11 @@ def test_the_groups_folders_are_the_schema() -> None:
 @pytest.mark.parametrize("choice", [choice for choice in CHOICES if not choice.startswith("experiment=")])
 def test_a_choice_lists_every_key(choice: str) -> None:
     # A key missing from the YAML could not be overridden from the command line.
-    group, name = choice.split("=")
-    schema = GROUPS[group][name] if isinstance(GROUPS[group], dict) else GROUPS[group]
+    group, _ = choice.split("=")
+    node = compose_node([choice])[group]
+    schema = GROUPS[group][node.name] if isinstance(GROUPS[group], dict) else GROUPS[group]
     if choice != "logger=none":  # which has nothing to set
-        assert set(compose_node([choice])[group]) == {field.name for field in dataclasses.fields(schema)}
+        assert set(node) == {field.name for field in dataclasses.fields(schema)}
 
 
 def test_yaml_values_are_the_schemas_defaults_where_both_give_one() -> None:
@@ -99,6 +102,9 @@ ERRORS = {
     "model.spike=foo": r"model\.spike is 'foo'.*graded, binary",
     "mode=warp": "mode=warp: no such choice; choose one of auto, fused, naive, pointer, preallocated, unfused",
     "mode.name=warp": r"mode\.name=warp: unknown",
+    "learning=foo": "learning=foo: no such choice; choose one of bptt, local",
+    "learning.dopamine=1": r"learning\.dopamine: the chosen learning has no such key; .*learning=local",
+    "model.num_layers=2": r"model\.num_layers: the chosen model has no such key; .*model=gpt or lstm",
     "optimizer.lr=0": r"optimizer\.lr=0\.0: must be more than 0",
     "optimizer.lr=nan": r"optimizer\.lr=nan: must be a finite number",
     "optimizer.momentum=0.9": r"optimizer\.momentum: the chosen optimizer has no such key; .*optimizer=muon",
