@@ -116,10 +116,10 @@ def _draw_bits_per_byte(axes: Axes, rows: Sequence[Row]) -> bool:
     curves = [(curve(rows, name), label) for name, label in names.items()]
     drawn = [(points, label) for points, label in curves if points[0]]
     for (points, label), color in zip(drawn, (_VALIDATION_COLOR, _COLORS[0])):
-        _draw_sparse(axes, points, label, color)
-        _mark_last(axes, points, color, "")
+        # In the legend, because marks beside two curves that end together lie on each other.
+        _draw_sparse(axes, points, f"{label}, last {points[1][-1]:.4g}", color)
     axes.set_ylabel("validation bits per byte")
-    if len(drawn) > 1:
+    if drawn:
         axes.legend(frameon=False)
     return bool(drawn)
 
