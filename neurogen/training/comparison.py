@@ -66,7 +66,11 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
         label = label or run.name
         same = next((name for name, members in groups.items() if _identity(members[0], differing) == identity), None)
         if same is None:
-            same = label if label not in groups else f"{label} ({run.name})"
+            same = label
+            if label in groups:  # two of one kind, told apart by what only that kind has
+                other = groups[label][0].config
+                apart = [key for key in differing if key in config and config[key] != other.get(key, _MISSING)]
+                same = ", ".join([label, *(f"{key}={config[key]}" for key in apart)])
         groups.setdefault(same, []).append(run)
     return groups
 
