@@ -33,7 +33,7 @@ def main(config: ChatConfig) -> None:
         ),
         seed=config.seed,
     )
-    generator = TextGenerator(trained.model, trained.tokenizer, trained.starts_documents)
+    generator = TextGenerator(trained.brain(), trained.tokenizer, trained.starts_documents)
     conversation = Conversation(generator, settings)
     if config.load is not None:
         conversation.load(config.load)

@@ -32,7 +32,7 @@ def main(config: GenerateConfig) -> None:
         repetition_penalty=config.repetition_penalty,
     )
     trained = load_trained(config.checkpoint, mode=config.mode, device=config.device, dtype=config.dtype)
-    generator = TextGenerator(trained.model, trained.tokenizer, trained.starts_documents)
+    generator = TextGenerator(trained.brain(), trained.tokenizer, trained.starts_documents)
     start = time.perf_counter()
     with trained.precision.autocast():
         replies = generator.complete(

@@ -59,6 +59,8 @@ class Options:
         for key, choices in (("what", SUBJECTS), ("precision", PRECISIONS)):
             _one_of(key, getattr(self, key), choices)
         _one_of("task", self.task, ("all", *TASKS))
+        if not isinstance(self.model, BrainConfig):
+            raise UserError(f"model={self.model_name}: modes are a brain's; choose one of base, nano, small")
         if self.mode != "all":
             for name in self.mode.split(","):
                 _one_of("mode", name, ("all", *MODES))

@@ -20,7 +20,7 @@ from typing import Any
 
 from neurogen.config.compose import compose_config, config_to_dict
 from neurogen.errors import UserError
-from neurogen.training.files import write_atomically
+from neurogen.storage.files import write_atomically
 from neurogen.training.run_directory import RunDirectory, config_fingerprint
 
 FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"

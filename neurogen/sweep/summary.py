@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from neurogen.errors import UserError
+from neurogen.storage.files import encode_floats, write_atomically
 from neurogen.sweep.jobs import Job
-from neurogen.training.files import encode_floats, write_atomically
 from neurogen.training.metrics import read_metrics
 
 COLUMNS = ("val/bpb", "val/loss", "train/loss", "throughput/tokens_per_second", "memory/peak_bytes")

@@ -10,6 +10,7 @@ from neurogen.config.schema import Config, ModeConfig
 from neurogen.data import Tokenizer, load_tokenizer
 from neurogen.data.config import default_cache_dir
 from neurogen.errors import UserError
+from neurogen.model import NeuroGen
 from neurogen.models import LanguageModel, build_model
 from neurogen.training.checkpoint import load_checkpoint
 from neurogen.training.precision import Precision, resolve_device
@@ -33,6 +34,12 @@ class Trained:
     tokenizer: Tokenizer
     precision: Precision
     starts_documents: bool
+
+    def brain(self) -> NeuroGen:
+        """The model, which has to be a NeuroGen. Raises UserError for one of the models it is compared with."""
+        if not isinstance(self.model, NeuroGen):
+            raise UserError(f"{self.path}: holds a {type(self.model).__name__}; replies are written by a brain alone")
+        return self.model
 
 
 def load_trained(path: str, *, mode: ModeConfig, device: str, dtype: str) -> Trained:

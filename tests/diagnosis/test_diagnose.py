@@ -97,7 +97,7 @@ def test_a_file_that_is_no_result_is_refused(tmp_path: Path, result_path: Path) 
         (["sequence=ten"], "sequence: value 'ten'"),
         (["sequence=1"], "sequence is 1; it must be at least 2"),
         (["mode=naive,quick"], "mode is 'quick'"),
-        (["model=huge"], "model=huge: no such choice; choose one of base, nano, small"),
+        (["model=huge"], "model=huge: no such choice; choose one of base, gpt, lstm, nano, small"),
         (["model.column_width=7"], "not a multiple of model.column_width = 7"),
         (["what=dreams"], "what is 'dreams'"),
         (["precision=int4"], "precision is 'int4'"),
