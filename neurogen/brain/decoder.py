@@ -18,7 +18,7 @@ class Decoder(nn.Module):
     def __init__(self, config: BrainConfig, vocab_size: int, tied_weight: nn.Parameter | None = None) -> None:
         super().__init__()
         self.eps = config.norm_eps
-        self._rounded = RoundedWeights()
+        self.rounded_weights = (RoundedWeights(),)
         self.weight = (
             nn.Parameter(torch.zeros(vocab_size, config.embedding_dim)) if tied_weight is None else tied_weight
         )
@@ -30,7 +30,7 @@ class Decoder(nn.Module):
     def loss(self, broca_output: Tensor, target_ids: Tensor, backend: str) -> DecodeOutput:
         """`[B, T, D]` and targets `[B, T]` to mean cross-entropy and arg-max hits."""
         normed = self._normed(broca_output, backend)
-        return decode(normed, self.weight, target_ids, rounded=self._rounded, backend=backend)
+        return decode(normed, self.weight, target_ids, rounded=self.rounded_weights[0], backend=backend)
 
     def decode_and_sample(
         self,

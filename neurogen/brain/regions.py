@@ -67,10 +67,10 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.in_proj = nn.Linear(config.embedding_dim, 2 * config.mlp_width, bias=False)
         self.out_proj = zero_linear(config.mlp_width, config.embedding_dim)
-        self._rounded = (RoundedWeights(), RoundedWeights())
+        self.rounded_weights = (RoundedWeights(), RoundedWeights())
 
     def forward(self, h: Tensor, backend: str) -> Tensor:
-        return mlp(h, self.in_proj.weight, self.out_proj.weight, rounded=self._rounded, backend=backend)
+        return mlp(h, self.in_proj.weight, self.out_proj.weight, rounded=self.rounded_weights, backend=backend)
 
 
 def zero_linear(in_features: int, out_features: int) -> nn.Linear:
@@ -97,7 +97,7 @@ class CortexLayer(nn.Module):
         self.decay_logit = nn.Parameter(_decay_logits(width)[torch.randperm(width)])
         self.out_proj = zero_linear(width, width)
         self.mlp = SwiGLU(config)
-        self._rounded = (RoundedWeights(), RoundedWeights())
+        self.rounded_weights = (RoundedWeights(), RoundedWeights())
 
     def init_state(self, lanes: int) -> CortexState:
         shape = (lanes, self.config.embedding_dim)
@@ -143,7 +143,7 @@ class CortexLayer(nn.Module):
             adaptation_strength=config.adaptation_strength,
             adaptation_decay=config.adaptation_decay,
             eps=config.norm_eps,
-            rounded=self._rounded,
+            rounded=self.rounded_weights,
             backend=backend,
         )
         x, h = add_norm(x, out.written, eps=config.norm_eps, out_dtype=activation_dtype(x), backend=backend)
@@ -174,7 +174,7 @@ class MemoryLayer(nn.Module):
             nn.init.zeros_(self.write.bias)
         self.out_proj = zero_linear(width, width)
         self.mlp = SwiGLU(config)
-        self._rounded = (RoundedWeights(), RoundedWeights())
+        self.rounded_weights = (RoundedWeights(), RoundedWeights())
 
     def init_state(self, lanes: int) -> MemoryState:
         config = self.config
@@ -199,7 +199,7 @@ class MemoryLayer(nn.Module):
             rule=config.memory_rule,
             chunk_size=config.chunk_size,
             eps=config.norm_eps,
-            rounded=self._rounded,
+            rounded=self.rounded_weights,
             backend=backend,
         )
         x, h = add_norm(x, written, eps=config.norm_eps, out_dtype=activation_dtype(x), backend=backend)

@@ -115,6 +115,7 @@ class TrainerConfig:
     dtype: str = "auto"
     distributed: str = "none"
     deterministic: bool = False
+    cuda_graph: bool | None = None
     accumulation: int = 1
     clip_norm: float = 1.0
     outlier_sigma: float | None = 10.0

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 BATCH, BRAIN = "batch/", "brain/"
 PROJECT = Path(__file__).resolve().parents[2]
+PACKAGES = (PROJECT / "neurogen", PROJECT / "kernels")
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,11 @@ class NonFiniteWatch(TorchDispatchMode):
         module = (self._running or [""])[-1] if node is None else self._made_by(node._sequence_nr())
         line = ""
         if node is None:
-            frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(PROJECT)]
+            frames = [
+                frame
+                for frame in traceback.extract_stack()
+                if any(Path(frame.filename).is_relative_to(package) for package in PACKAGES)
+            ]
             frames = [frame for frame in frames if Path(frame.filename) != Path(__file__)]
             if frames:
                 line = f"{Path(frames[-1].filename).relative_to(PROJECT)}:{frames[-1].lineno}"
