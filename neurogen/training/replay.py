@@ -6,6 +6,7 @@ holds the batch and the brain state that the step read.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import traceback
 from collections.abc import Iterator
@@ -174,6 +175,8 @@ def replay(path: str, *, mode: ModeConfig, device: str, dtype: str) -> list[str]
     tensors = bundle.state_tensors.load()
     if BATCH + "input_ids" not in tensors:
         raise UserError(f"{bundle.path}: is a checkpoint without a batch; give a folder that a stopped run left")
+    if mode.name == "auto" and bundle.metadata["config"]["model"].get("name") == "brain":
+        mode = dataclasses.replace(mode, name="unfused")  # a launch hides what happens inside it
     trained = load_trained(str(bundle.path), mode=mode, device=device, dtype=dtype)
     lines = [f"step {bundle.step} of {bundle.path}: {bundle.metadata.get('replay', '')}"]
     lines += [f"warning: {name} random generator not restored" for name in restore_rng(bundle.metadata["rng"])]
