@@ -48,8 +48,29 @@ def workloads(*, small: bool) -> Iterator[Workload]:
     yield Workload("small", small_brain, gpt_small, 257, 64, 512)
 
 
+def _machine_cases(dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
+    """The two rates that a step is measured against: a large matrix product, and a copy from memory to memory."""
+    size = 64 if small else 8192
+
+    def multiply(device: torch.device) -> Callable[[], Any]:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        return lambda: a @ b
+
+    def copy(device: torch.device) -> Callable[[], Any]:
+        x = torch.randn(size * size * (1 if small else 16), device=device)
+        y = torch.empty_like(x)
+        return lambda: y.copy_(x)
+
+    num_bytes = 2 * 4 * size * size * (1 if small else 16)
+    rate = Contender("torch", multiply, extra=lambda seconds: {"model_tflops": 2 * size**3 / seconds / 1e12})
+    yield Case("matrix product", {"M": size, "N": size, "K": size}, dtype, [rate], lambda seconds: {}, min_rounds=100)
+    rate = Contender("torch", copy, extra=lambda seconds: {"copy_rate": num_bytes / seconds})
+    yield Case("copy", {"bytes": num_bytes // 2}, torch.float32, [rate], lambda seconds: {})
+
+
 def cases(*, small: bool) -> Iterator[Case]:
     dtype = torch.float32 if small else torch.bfloat16
+    yield from _machine_cases(dtype, small=small)
     for work in workloads(small=small):
         tokens = work.lanes * work.tokens
         flops = NeuroGen(work.brain, vocab_size=work.vocab_size).flops_per_token() * tokens
