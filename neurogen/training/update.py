@@ -18,6 +18,7 @@ from neurogen.brain import BrainState
 from neurogen.data import Batch
 from neurogen.data.batches import IGNORE
 from neurogen.learning import BPTT, LearningRule
+from neurogen.probes import stage
 from neurogen.training.distributed import SINGLE, World, whole
 from neurogen.training.guard import Guard
 from neurogen.training.optimizer import ModelOptimizer
@@ -100,9 +101,10 @@ class Update:
         """
         self.optimizer.zero_grad()
         result = self.backward(batches, states)
-        skipped = self.guard.judge(result.loss, result.grad_norm)
-        factor = (self.clip_norm / (result.grad_norm + CLIP_EPS)).clamp_max(1.0)
-        self.optimizer.step(skip=skipped, grad_factor=factor)
+        with stage("learn"):
+            skipped = self.guard.judge(result.loss, result.grad_norm)
+            factor = (self.clip_norm / (result.grad_norm + CLIP_EPS)).clamp_max(1.0)
+            self.optimizer.step(skip=skipped, grad_factor=factor)
         return dataclasses.replace(result, skipped=skipped)
 
     def backward(self, batches: Sequence[Batch], states: Sequence[BrainState | None]) -> StepResult:
