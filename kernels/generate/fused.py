@@ -10,6 +10,7 @@ import kernels.launch  # noqa: F401  first: it chooses the interpreter
 from kernels.generate.kernel import generate_kernel
 from kernels.generate.layout import BrainShape, GenerateOutput, PackedBrain, PackedState
 from kernels.generate.limits import check_shape
+from kernels.generate.stream import stream_table
 from kernels.generate.stream_kernel import stream_kernel
 from kernels.generate.tiles import MAX_STREAM_LANES, StreamTiles, choose_stream, choose_tiles
 from kernels.launch import INTERPRETED, check_launchable
@@ -54,6 +55,7 @@ def generate_fused(
     seen_bytes = seen.to(torch.int8) if penalty and seen is not None else lengths
     filtered = any(filters.values()) and not greedy
     if isinstance(tiles, StreamTiles):
+        table = stream_table(shape, num_programs, tiles.R, tiles.NB * tiles.KS, device)
         scratch = _stream_scratch(shape, tiles, num_lanes, num_programs, filtered, brain.matrices)
     else:
         scratch = _scratch(shape, num_lanes, num_programs, filtered, device)
@@ -76,6 +78,7 @@ def generate_fused(
         fast_weight,
         *scratch,
         torch.zeros(1, dtype=torch.int32 if is_stream else torch.int64, device=device),
+        *([table] if is_stream else []),
         num_lanes,
         shape.num_wernicke,
         shape.num_memory,
@@ -90,7 +93,7 @@ def generate_fused(
         sampling.top_p,
         math.log(sampling.min_p) if sampling.min_p > 0 else 0.0,
         sampling.top_k,
-        *([0] if is_stream else []),
+        *([table.shape[1], 0] if is_stream else []),
         D=shape.width,
         C=shape.column_width,
         N=shape.head_width,

@@ -12,20 +12,7 @@ import triton.language as tl
 from kernels.generate.device import silu
 from kernels.generate.phases import go_gates
 from kernels.generate.sampling import all_ended, filtered_winner, race_logits, record, relay_columns, winner
-from kernels.generate.stream import (
-    CORTEX_IN,
-    DECODE,
-    MEMORY_IN,
-    MLP_IN,
-    MLP_OUT,
-    OUT,
-    advance,
-    first_kind,
-    load_tile,
-    rows_each,
-    num_rows,
-    tiles_per_token,
-)
+from kernels.generate.stream import CORTEX_IN, DECODE, MEMORY_IN, MLP_IN, MLP_OUT, OUT, fetch_tile
 from kernels.generate.stream_phases import (
     arrive,
     block_barrier,
@@ -43,14 +30,14 @@ from kernels.generate.stream_phases import (
 
 
 @triton.jit(do_not_specialize=["num_lanes", "num_wernicke", "num_memory", "num_broca", "seed_low", "seed_high", "top_k",
-                               "limit", "num_ids", "num_stop", "zero"])  # fmt: skip
+                               "limit", "num_ids", "num_stop", "num_tiles", "zero"])  # fmt: skip
 def stream_kernel(
     p_embedding, p_decoder, p_matrices, p_vectors,
     p_ids, p_log_probs, p_lengths, p_seen, p_stop, p_lanes, p_positions, p_cortex, p_memory,
     p_x, p_x_columns, p_columns, p_hidden, p_inner, p_group, p_square, p_go, p_candidate, p_candidate_id, p_logits,
-    p_counter,
+    p_counter, p_table,
     num_lanes, num_wernicke, num_memory, num_broca, num_ids, num_stop, limit, seed_low, seed_high,
-    temperature, penalty, top_p, log_min_p, top_k, zero,
+    temperature, penalty, top_p, log_min_p, top_k, num_tiles, zero,
     D: tl.constexpr, C: tl.constexpr, N: tl.constexpr, M: tl.constexpr, V: tl.constexpr, TAPS: tl.constexpr,
     GRADED: tl.constexpr, DELTA: tl.constexpr, GO: tl.constexpr, THETA: tl.constexpr, BETA: tl.constexpr,
     RHO: tl.constexpr, EPS: tl.constexpr,
@@ -95,7 +82,7 @@ def stream_kernel(
 
     o_r, o_l = tl.arange(0, R), tl.arange(0, LN)
     _, column_chunk, _ = column_parts(BL, LN, SPLIT)
-    num_tiles = tiles_per_token(num_wernicke + num_broca, num_memory, D, M, V, P, R, KC)
+    p_table += tl.program_id(0) * num_tiles * 2
     step = tl.full([], 0, tl.int32)
     while step < limit:
         x = tl.zeros([NB, KS, BL], type)
@@ -105,31 +92,29 @@ def stream_kernel(
         held = tl.zeros([R, LN], tl.float32)
         square = tl.zeros([LN], tl.float32)
 
-        # The place of the tile that is asked for, and of the one that is used. A zero that the compiler does not know
-        # keeps it from seeing that one follows the other, and from carrying every number from there to here.
-        start = tl.full([], 0, tl.int32)
-        n_kind, n_layer = first_kind(start, num_wernicke, num_memory, num_layers), start
-        n_base, n_row, n_half, n_chunk = start.to(tl.int64), start, start, start
-        kind, layer = n_kind + zero, start + zero
-        row, half, chunk = layer, layer, layer
+        # Words of the table are read two tiles before they are needed. (A loop that hands a value on unchanged is not
+        # pipelined, so a zero is added that the compiler does not know.)
+        ahead = tl.where(num_tiles > 1, 1, 0)
+        place = ahead
+        fetch, next_fetch = tl.load(p_table), tl.load(p_table + 2 * ahead)
+        use, next_use = tl.load(p_table + 1), tl.load(p_table + 1 + 2 * place)
         for _tile in tl.range(0, tl.minimum(limit - step, TOKENS) * num_tiles, num_stages=STAGES):
-            w = load_tile(p_matrices, p_decoder, n_kind, n_base, n_row, n_half, n_chunk, D, M, V, P, R, NB, KS)
-            last_kind = n_kind
-            n_kind, n_layer, n_row, n_half, n_chunk, size = advance(
-                n_kind, n_layer, n_row, n_half, n_chunk, num_wernicke, num_memory, num_layers, D, M, V, P, R, KC
-            )
-            n_base = tl.where((last_kind == DECODE) & (n_kind != DECODE), 0, n_base + size)
+            w = fetch_tile(p_matrices, p_decoder, fetch, D, M, R, NB, KS)
+            fetch = next_fetch + zero
+            ahead = tl.where(ahead + 1 == num_tiles, 0, ahead + 1)
+            next_fetch = tl.load(p_table + 2 * ahead)
 
+            tile = use
+            use = next_use + zero
+            place = tl.where(place + 1 == num_tiles, 0, place + 1)
+            next_use = tl.load(p_table + 1 + 2 * place)
+            flags = tile.to(tl.int32)
+            kind = (flags >> 4) & 7
+            chunk = (flags >> 8) & 63
+            layer = ((tile >> 24) & 4095).to(tl.int32)
             is_memory = (layer >= num_wernicke) & (layer < num_wernicke + num_memory)
-            in_broca = layer >= num_wernicke + num_memory
-            cortex_before = tl.minimum(layer, num_wernicke) + tl.maximum(layer - num_wernicke - num_memory, 0)
-            memory_before = tl.minimum(tl.maximum(layer - num_wernicke, 0), num_memory)
-            p_vector = p_vectors + cortex_before * cortex_vectors + memory_before * memory_vectors
-            p_state = p_cortex + cortex_before * (3 * num_lanes * D)
-            p_fast = p_memory + memory_before.to(tl.int64) * (num_lanes * D * N)
-            each = rows_each(kind, D, M, V, P)
 
-            if (row == 0) & (half == 0) & (chunk == 0):
+            if flags & 1:
                 K = tl.where(kind == MLP_OUT, M, D)
                 p_in = p_x_columns
                 if kind == MLP_OUT:
@@ -140,11 +125,11 @@ def stream_kernel(
                 if kind == OUT:
                     if is_memory:
                         scale = group_scale(
-                            p_group, p_go, in_broca, num_lanes, N, D, C, False, EPS, NB, KS, BL, LN, SPLIT
+                            p_group, p_go, layer >= num_wernicke + num_memory, num_lanes, N, D, C, False, EPS, NB, KS, BL, LN, SPLIT
                         )
                     else:
                         scale = group_scale(
-                            p_group, p_go, in_broca, num_lanes, C, D, C, GO, EPS, NB, KS, BL, LN, SPLIT
+                            p_group, p_go, layer >= num_wernicke + num_memory, num_lanes, C, D, C, GO, EPS, NB, KS, BL, LN, SPLIT
                         )
                 else:
                     scale = tl.full([NB, BL], 1.0, tl.float32)
@@ -158,13 +143,20 @@ def stream_kernel(
             if chunk == 0:
                 acc = tl.zeros([NB, R, BL], tl.float32)
             # Of all columns' products with this chunk of weights, those of its own activations count.
-            counts = tl.where((column_chunk == chunk)[None, :], scale, 0.0)
-            acc += tl.dot(w, x, input_precision="ieee") * counts[:, None, :]
+            counts = (column_chunk == chunk).to(tl.float32)
+            acc += tl.dot(w, x, input_precision="ieee") * counts[None, None, :]
 
-            if chunk + 1 == tl.where(kind == MLP_OUT, M_CHUNKS, D_CHUNKS):
-                out = tl.sum(tl.sum(tl.reshape(acc, [NB, R, LN, BL // LN]), 3), 0)
-                o_n = tl.program_id(0) * each + row + o_r
-                rows = (row + o_r < each) & (o_n < num_rows(kind, D, M, V))
+            if flags & 2:
+                out = acc * scale[:, None, :]
+                out = tl.sum(tl.sum(tl.reshape(out, [NB, R, LN, BL // LN]), 3), 0)
+                cortex_before = tl.minimum(layer, num_wernicke) + tl.maximum(layer - num_wernicke - num_memory, 0)
+                memory_before = tl.minimum(tl.maximum(layer - num_wernicke, 0), num_memory)
+                p_vector = p_vectors + cortex_before * cortex_vectors + memory_before * memory_vectors
+                p_state = p_cortex + cortex_before * (3 * num_lanes * D)
+                p_fast = p_memory + memory_before.to(tl.int64) * (num_lanes * D * N)
+                half = (flags >> 3) & 1
+                o_n = (tile >> 36).to(tl.int32) + o_r
+                rows = o_r < ((flags >> 14) & 1023)
                 mask = rows[:, None] & (o_l < num_lanes)[None, :]
                 if (kind == OUT) | (kind == MLP_OUT):
                     p_n = p_x + o_l[None, :] * D + o_n[:, None]
@@ -174,7 +166,7 @@ def stream_kernel(
                     tl.store(p_n, out, mask=mask)
                     store_columns(p_x_columns, out, o_n, rows, num_lanes, D, LN, SPLIT)
                     square += tl.sum(tl.where(mask, out * out, 0.0), 0)
-                    if row + R >= each:
+                    if flags & 4:
                         tl.store(p_square + tl.program_id(0) * LN + o_l, square)
                 else:
                     out *= row_scale[None, :]
@@ -196,7 +188,7 @@ def stream_kernel(
                         else:
                             store_columns(p_hidden, held * out, o_n, rows, num_lanes, M, LN, SPLIT)
 
-                if (row + R >= each) & ((half == 1) | ((kind != CORTEX_IN) & (kind != MLP_IN))):
+                if flags & 4:
                     if kind == DECODE:
                         block_barrier(SINGLE)
                         race_logits(
@@ -245,8 +237,5 @@ def stream_kernel(
                         arrive(p_counter, SINGLE)
                         arrived += P
                         wait(p_counter, arrived, SINGLE)
-            kind, layer, row, half, chunk, _size = advance(
-                kind, layer, row, half, chunk, num_wernicke, num_memory, num_layers, D, M, V, P, R, KC
-            )
         if num_stop > 0 and all_ended(p_lengths, num_lanes, step - 1, LN):
             step = limit
