@@ -127,7 +127,7 @@ class StreamTiles:
         return constants
 
 
-MAX_STREAM_LANES = 16
+MAX_STREAM_LANES = 4
 _RING_BYTES = 192 * 1024  # of shared memory, for tiles in flight
 
 
