@@ -12,12 +12,11 @@ using. A kernel that worked it out instead would spend more on that than on the 
 import functools
 
 import torch
-from torch import Tensor
-
-import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 import triton
 import triton.language as tl
+from torch import Tensor
 
+import kernels.launch  # noqa: F401  first: it chooses the interpreter
 from kernels.generate.layout import BrainShape
 
 # What a phase multiplies by.

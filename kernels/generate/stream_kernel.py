@@ -12,7 +12,7 @@ import triton.language as tl
 from kernels.generate.device import silu
 from kernels.generate.phases import go_gates
 from kernels.generate.sampling import all_ended, filtered_winner, race_logits, record, relay_columns, winner
-from kernels.generate.stream import CORTEX_IN, DECODE, MEMORY_IN, MLP_IN, MLP_OUT, OUT, fetch_tile
+from kernels.generate.stream import CORTEX_IN, DECODE, MEMORY_IN, MLP_OUT, OUT, fetch_tile
 from kernels.generate.stream_phases import (
     arrive,
     block_barrier,
@@ -59,12 +59,9 @@ def stream_kernel(
     cortex_vectors: tl.constexpr = (D * (C + 2) + 63) // 64 * 64
     memory_vectors: tl.constexpr = ((2 if DELTA else 1) * (D // N) * (D + 1) + 63) // 64 * 64
     KC: tl.constexpr = NB * KS
-    D_CHUNKS: tl.constexpr = (D + KC - 1) // KC
-    M_CHUNKS: tl.constexpr = (M + KC - 1) // KC
     type: tl.constexpr = p_matrices.dtype.element_ty
     p_go_vector = p_vectors + (num_wernicke + num_broca) * cortex_vectors + num_memory * memory_vectors
     p_taps = p_go_vector + (((D // C) * (D + 1) + 63) // 64 * 64 if GO else 0)
-    num_layers = num_wernicke + num_memory + num_broca
     num_units = num_lanes * (D // CU)
 
     lane = tl.program_id(0) * (1 if SPREAD else 0)
@@ -125,18 +122,44 @@ def stream_kernel(
                 if kind == OUT:
                     if is_memory:
                         scale = group_scale(
-                            p_group, p_go, layer >= num_wernicke + num_memory, num_lanes, N, D, C, False, EPS, NB, KS, BL, LN, SPLIT
+                            p_group,
+                            p_go,
+                            layer >= num_wernicke + num_memory,
+                            num_lanes,
+                            N,
+                            D,
+                            C,
+                            False,
+                            EPS,
+                            NB,
+                            KS,
+                            BL,
+                            LN,
+                            SPLIT,
                         )
                     else:
                         scale = group_scale(
-                            p_group, p_go, layer >= num_wernicke + num_memory, num_lanes, C, D, C, GO, EPS, NB, KS, BL, LN, SPLIT
+                            p_group,
+                            p_go,
+                            layer >= num_wernicke + num_memory,
+                            num_lanes,
+                            C,
+                            D,
+                            C,
+                            GO,
+                            EPS,
+                            NB,
+                            KS,
+                            BL,
+                            LN,
+                            SPLIT,
                         )
                 else:
                     scale = tl.full([NB, BL], 1.0, tl.float32)
                 if (kind != OUT) & (kind != MLP_OUT):
                     row_scale = norm_scale(p_square, num_lanes, D, EPS, BP, LN)
                 square = tl.zeros([LN], tl.float32)
-                if GO:
+                if GO:  # noqa: SIM102, one is decided when compiled
                     if (kind == CORTEX_IN) & (layer == num_wernicke + num_memory):
                         go_gates(p_x, p_go, p_go_vector, num_lanes, D, D // C, EPS, BD)
 
@@ -219,7 +242,9 @@ def stream_kernel(
                         unit = tl.program_id(0)
                         arrive(p_counter, SINGLE)
                         arrived += P
-                        weight, forget, write = fetch_memory(unit, p_x, p_fast, p_vector, num_units, D, N, DELTA, EPS, BD, CU)
+                        weight, forget, write = fetch_memory(
+                            unit, p_x, p_fast, p_vector, num_units, D, N, DELTA, EPS, BD, CU
+                        )
                         wait(p_counter, arrived, SINGLE)
                         while unit < num_units:
                             memory_unit(
