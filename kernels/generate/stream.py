@@ -9,6 +9,7 @@ The order is written down once for each program, as two words a tile: where it l
 using. A kernel that worked it out instead would spend more on that than on the products.
 """
 
+import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 import functools
 
 import torch
@@ -16,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import kernels.launch  # noqa: F401  first: it chooses the interpreter
 from kernels.generate.layout import BrainShape
 
 # What a phase multiplies by.

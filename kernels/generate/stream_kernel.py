@@ -58,7 +58,6 @@ def stream_kernel(
     SPREAD: tl.constexpr = LN > 1 or FILTER
     cortex_vectors: tl.constexpr = (D * (C + 2) + 63) // 64 * 64
     memory_vectors: tl.constexpr = ((2 if DELTA else 1) * (D // N) * (D + 1) + 63) // 64 * 64
-    KC: tl.constexpr = NB * KS
     type: tl.constexpr = p_matrices.dtype.element_ty
     p_go_vector = p_vectors + (num_wernicke + num_broca) * cortex_vectors + num_memory * memory_vectors
     p_taps = p_go_vector + (((D // C) * (D + 1) + 63) // 64 * 64 if GO else 0)
