@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from neurogen.data.batches import Batch, Batches, count_targets, expand
+from neurogen.data.batches import Batch, Batches, count_targets, expand, foreign_targets, host_batch
 
 
 class Prefetcher:
@@ -114,12 +114,10 @@ class Prefetcher:
     def _make(self) -> tuple[Batch, torch.cuda.Event | None]:
         start_id = self._batches.stream.document_start_id
         window = self._batches.next_window()
-        num_targets = count_targets(*window, start_id)
-        ids, resets = (torch.from_numpy(array) for array in window)
         if self._copies is None:
-            batch = expand(ids, resets, start_id)
-            batch.num_targets = num_targets
-            return batch, None
+            return host_batch(*window, start_id), None
+        num_targets = count_targets(window[0], foreign_targets(*window, start_id))
+        ids, resets = (torch.from_numpy(array) for array in window)
         with torch.cuda.stream(self._copies):
             # Pinned buffers come from torch's own cache, which holds each back until its copy is done.
             ids, resets = (

@@ -237,7 +237,7 @@ def test_the_cache_is_used_and_follows_files_and_settings(tmp_path, monkeypatch)
     again = build_corpus(text_config(path, lanes=3, window=5, batching="random"), cache)
     assert again.fingerprint == first.fingerprint
     np.testing.assert_array_equal(again.train.tokens, first.train.tokens)
-    assert isinstance(again.train.tokens, np.memmap)
+    assert isinstance(again.train.tokens.base, np.memmap)
     monkeypatch.undo()
     other = build_corpus(text_config(path, validation_bytes=20), cache)
     assert other.fingerprint != first.fingerprint
