@@ -150,6 +150,8 @@ def _build(
             if not final.exists():
                 raise
         fsync_directory(cache)
+    except OSError as error:
+        raise UserError(f"cannot build the corpus in {cache}: {error.strerror}; set data.cache_dir") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

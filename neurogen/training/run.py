@@ -77,6 +77,8 @@ def _train(config: Config, world: World) -> int:
                 run.write_config(config_to_dict(config))
             recorder = Recorder(session, run, logger, display, resumed=config.resume is not None, stop=stop)
         with recorder:
+            if corpus.left_out:
+                recorder.say(corpus.left_out)
             recorder.say(describe(session, run.path, checkpoint))
             state, reason = Trainer(session, recorder).fit(stop)
             saved = recorder.finish(state, reason=reason)
