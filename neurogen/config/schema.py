@@ -131,6 +131,7 @@ class TrainerConfig:
     checkpoint_every: int = 500
     keep_last: int = 2
     keep_best: bool = True
+    health_plots: bool = True
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import runpy
@@ -68,6 +69,19 @@ def test_evaluate_prints_one_json_object(
     assert result["num_bytes"] == pytest.approx(0.05 * len(TEXT), rel=0.02)
     assert 7 < result["bpb"] < 8.1
     assert result.keys() >= {"loss", "perplexity", "accuracy", "reset_loss", "reset_bpb"}
+
+
+def test_diagnose_draws_a_checkpoints_health(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["what=health", "checkpoint=runs/a", "out=health"]
+    code, out, _ = run_here("diagnose.py", *arguments, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0
+    assert "gradient_lag.png" in out
+    result = json.loads((trained / "health" / "health-checkpoint.json").read_text())
+    assert result["step"] == 2
+    assert result["health"]["context_loss"][0]["loss"] == pytest.approx(math.log(257), abs=0.1)
+    shutil.rmtree(trained / "health")
 
 
 def test_evaluate_another_text_with_the_checkpoints_vocabulary(
