@@ -4,6 +4,7 @@
     python scripts/diagnose.py model=base mode=naive,unfused sequence=64
     python scripts/diagnose.py what=activity text=notes.txt        # firing rates, Go rate, half-lives, entropy, raster
     python scripts/diagnose.py what=activity checkpoint=runs/20260101-120000-ab12
+    python scripts/diagnose.py what=health checkpoint=runs/...    # memory horizon, gradient against lag, time constants
     python scripts/diagnose.py what=tokenization                   # does text arrive as fast as the model reads it?
 
 Prints tables and writes a JSON file and, but for tokenization, a plot to runs/diagnosis, or to out=<folder>. All

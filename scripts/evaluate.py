@@ -2,9 +2,11 @@
 
     python scripts/evaluate.py checkpoint=runs/20260101-120000-ab12               # on the data it was trained with
     python scripts/evaluate.py checkpoint=runs/... data=text data.path=book.txt max_tokens=100000
+    python scripts/evaluate.py checkpoint=runs/... 'contexts=[512,8192]'
 
 loss is in nats a token, bpb in bits a byte of text; `reset_...` gives every window a new state, so the gap to the
-values without it is what memory across windows is worth. A text
+values without it is what memory across windows is worth. `context_N_bpb` reads on for N tokens, window by window, and
+then starts from a new state. A GPT sees its window alone, so it has `contexts` of that length and no other. A text
 that has no more validation tokens than one window of the training had is refused.
 """
 
@@ -26,6 +28,7 @@ def main(config: EvaluateConfig) -> None:
     if asked in ("bytes", "bpe") and (asked != kind or data.vocab_size not in (None, size)):
         remedy = f"data.tokenizer={kind}" + (f" data.vocab_size={size}" if kind == "bpe" else "")
         raise UserError(f"data.tokenizer={asked}: the checkpoint's vocabulary is {kind} with {size} ids; use {remedy}")
+    check_contexts(config.contexts, data.window, carries_state=bool(trained.model.init_state(1).layers))
     corpus = build_corpus(data, tokenizer=trained.tokenizer if config.data else None)
     if corpus.tokenizer.fingerprint != trained.tokenizer.fingerprint:
         raise UserError(
@@ -57,7 +60,31 @@ def main(config: EvaluateConfig) -> None:
         )
         results |= {f"{prefix}{key.removeprefix('val/')}": value for key, value in result.metrics("val").items()}
     results |= {"num_tokens": result.num_targets, "num_bytes": result.num_bytes}
+    for context in config.contexts:
+        result = evaluate(
+            trained.model,
+            corpus.validation,
+            corpus.tokenizer,
+            lanes=data.lanes,
+            window=data.window,
+            precision=trained.precision,
+            max_tokens=config.max_tokens,
+            context=context,
+        )
+        results[f"context_{context}_bpb"] = result.bits_per_byte
     print(json.dumps(results))
+
+
+def check_contexts(contexts: list[int], window: int, *, carries_state: bool) -> None:
+    """Raise UserError for a context that windows do not make up, or that a model which carries nothing cannot have."""
+    for context in contexts:
+        if context % window:
+            raise UserError(f"contexts={context}: not a multiple of data.window={window}; change one of the two")
+        if context != window and not carries_state:
+            raise UserError(
+                f"contexts={context}: this model carries nothing past its window; leave it out, or set "
+                f"data.window={context} to have it read so far in one piece"
+            )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from neurogen.brain.regions import (
     Thalamus,
     activation_dtype,
 )
-from neurogen.brain.state import BrainState, LayerState, MemoryState
+from neurogen.brain.state import BrainState, LayerState, MemoryState, ShiftedMemoryState
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Brain(nn.Module):
             x, h = add_norm(x, delta, eps=eps, out_dtype=activation_dtype(x), backend=backend)
             layer_state = state.layers[name]
             if isinstance(layer, MemoryLayer):
-                assert isinstance(layer_state, MemoryState)
+                assert isinstance(layer_state, MemoryState | ShiftedMemoryState)
                 x, delta, layer_states[name] = layer(x, h, layer_state, document_start, backend)
                 continue
             assert isinstance(layer_state, CortexState)

@@ -7,6 +7,7 @@ from kernels.memory import RULES
 from neurogen.errors import UserError
 
 NUM_TAPS = 4
+TOKEN_SHIFTS = (0, 2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class BrainConfig:
         wernicke_depth, hippocampus_depth, pfc_depth, broca_depth: layers of each region, >= 0.
         spike: `graded` or `binary`.
         memory_rule: `hebbian` or `delta`.
+        token_shift: taps a channel that mix a memory layer's input with its last tokens, 2 to 4; 0 for none.
         lateral: whether the neurons of a column see each other.
         go_gate: whether the basal ganglia gate what Broca's columns write.
         tie_embedding: whether the decoder's weight is the embedding.
@@ -39,6 +41,7 @@ class BrainConfig:
     broca_depth: int = 1
     spike: str = "graded"
     memory_rule: str = "hebbian"
+    token_shift: int = 0
     lateral: bool = True
     go_gate: bool = True
     tie_embedding: bool = False
@@ -66,6 +69,8 @@ class BrainConfig:
         for name, choices in (("spike", SPIKES), ("memory_rule", RULES)):
             if getattr(self, name) not in choices:
                 raise UserError(f"model.{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        if self.token_shift not in TOKEN_SHIFTS:
+            raise UserError(f"model.token_shift is {self.token_shift}; choose one of 0 (off), 2, 3, 4")
         if not 0 <= self.adaptation_decay < 1:
             raise UserError(f"model.adaptation_decay is {self.adaptation_decay}; it must be in [0, 1)")
         for name in ("mlp_ratio", "norm_eps"):

@@ -20,7 +20,8 @@ from kernels.mlp import mlp
 from kernels.norm import add_norm
 from kernels.relay import relay
 from neurogen.brain.config import NUM_TAPS, BrainConfig
-from neurogen.brain.state import MemoryState
+from neurogen.brain.state import MemoryState, ShiftedMemoryState
+from neurogen.brain.token_shift import TokenShift
 
 TIME_CONSTANTS = (1.5, 200.0)  # tokens
 INITIAL_DRIVE = 0.5
@@ -164,6 +165,7 @@ class MemoryLayer(nn.Module):
         super().__init__()
         self.config = config
         width, num_heads = config.embedding_dim, config.num_heads
+        self.shift = TokenShift(width, config.token_shift) if config.token_shift else None
         self.in_proj = nn.Linear(width, 4 * width, bias=False)  # query, key, value, gate
         self.forget = nn.Linear(width, num_heads)
         nn.init.zeros_(self.forget.weight)
@@ -176,23 +178,35 @@ class MemoryLayer(nn.Module):
         self.mlp = SwiGLU(config)
         self.rounded_weights = (RoundedWeights(), RoundedWeights())
 
-    def init_state(self, lanes: int) -> MemoryState:
+    def init_state(self, lanes: int) -> MemoryState | ShiftedMemoryState:
         config = self.config
         shape = (lanes, config.num_heads, config.head_width, config.head_width)
         dtype = torch.promote_types(self.forget.weight.dtype, torch.float32)
-        return MemoryState(torch.zeros(shape, dtype=dtype, device=self.forget.weight.device))
+        fast_weight = torch.zeros(shape, dtype=dtype, device=self.forget.weight.device)
+        if self.shift is None:
+            return MemoryState(fast_weight)
+        return ShiftedMemoryState(fast_weight, self.shift.init_recent(lanes))
 
     def forward(
-        self, x: Tensor, h: Tensor, state: MemoryState, document_start: Tensor | None, backend: str
-    ) -> tuple[Tensor, Tensor, MemoryState]:
+        self,
+        x: Tensor,
+        h: Tensor,
+        state: MemoryState | ShiftedMemoryState,
+        document_start: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, MemoryState | ShiftedMemoryState]:
         """One layer over a sequence; arguments and results as those of `CortexLayer.forward`."""
         config = self.config
+        mixed, recent = h, None
+        if self.shift is not None:
+            assert isinstance(state, ShiftedMemoryState)
+            mixed, recent = self.shift(h, state.recent, document_start)
         write, write_bias = (None, None) if self.write is None else (self.write.weight, self.write.bias)
         weights = MemoryWeights(
             self.in_proj.weight, self.forget.weight, self.forget.bias, write, write_bias, self.out_proj.weight
         )
         written, fast_weight = memory_circuit(
-            h,
+            mixed,
             weights,
             state.fast_weight,
             document_start,
@@ -203,7 +217,8 @@ class MemoryLayer(nn.Module):
             backend=backend,
         )
         x, h = add_norm(x, written, eps=config.norm_eps, out_dtype=activation_dtype(x), backend=backend)
-        return x, self.mlp(h, backend), MemoryState(fast_weight)
+        after = MemoryState(fast_weight) if recent is None else ShiftedMemoryState(fast_weight, recent)
+        return x, self.mlp(h, backend), after
 
 
 def _forget_logits(num_heads: int, half_lives: tuple[float, float]) -> Tensor:

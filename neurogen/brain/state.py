@@ -24,6 +24,13 @@ class MemoryState(NamedTuple):
     fast_weight: Tensor
 
 
+class ShiftedMemoryState(NamedTuple):
+    """A memory layer's state where `token_shift` is on: fast weights, and the last rows it read, `[B, k-1, D]`."""
+
+    fast_weight: Tensor
+    recent: Tensor
+
+
 class LSTMState(NamedTuple):
     """What the LSTM we compare with carries, `[B, L, D]` each."""
 
@@ -31,7 +38,8 @@ class LSTMState(NamedTuple):
     cell: Tensor
 
 
-LayerState = CortexState | MemoryState | LSTMState
+LayerState = CortexState | MemoryState | ShiftedMemoryState | LSTMState
+_KINDS: tuple[type[LayerState], ...] = (CortexState, MemoryState, ShiftedMemoryState, LSTMState)
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ class BrainState:
             parts.setdefault(layer, {})[part] = tensor
         layers: dict[str, LayerState] = {}
         for layer, named in parts.items():
-            kinds = [kind for kind in (CortexState, MemoryState, LSTMState) if set(kind._fields) == set(named)]
+            kinds = [kind for kind in _KINDS if set(kind._fields) == set(named)]
             if not kinds:
                 raise UserError(f"layer {layer!r} of the state has parts {sorted(named)}, which no kind of layer has")
             layers[layer] = kinds[0](**named)

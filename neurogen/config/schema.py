@@ -135,6 +135,7 @@ class TrainerConfig:
     keep_last: int = 2
     keep_best: bool = True
     on_save_failure: str = "continue"
+    health_plots: bool = True
 
 
 @dataclass

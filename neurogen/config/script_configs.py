@@ -19,6 +19,8 @@ class EvaluateConfig:
     checkpoint: a run directory (its newest checkpoint) or one checkpoint.
     data: whose validation part is read; None is the data the checkpoint was trained with.
     max_tokens: targets at most, None for all.
+    contexts: tokens after which the carried state is replaced by a new one, for a figure of each; multiples of the
+        window.
     """
 
     checkpoint: str
@@ -27,12 +29,15 @@ class EvaluateConfig:
     device: str = "auto"
     dtype: str = "auto"
     max_tokens: int | None = None
+    contexts: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
         one_of("dtype", self.dtype, DTYPES)
         if self.max_tokens is not None:
             in_range("max_tokens", self.max_tokens, least=1)
+        for context in self.contexts:
+            in_range("contexts", context, least=1)
 
 
 @dataclass

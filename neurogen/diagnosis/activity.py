@@ -32,6 +32,7 @@ class Activity:
         half_lives: per memory layer `[H]`, tokens: median over time of the half-life each head's forgetting has.
         entropy: after the thalamus and each layer, mean entropy in nats of the softmax the decoder would give there.
             Its last entry is the model's own; ln(V) is no knowledge at all.
+        workspace: after the thalamus and each layer `[T, D]`, on the CPU.
         loss: mean cross-entropy in nats of the next token.
     """
 
@@ -42,6 +43,7 @@ class Activity:
     go_rate: Tensor
     half_lives: dict[str, Tensor]
     entropy: dict[str, float]
+    workspace: dict[str, Tensor]
     loss: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -50,14 +52,15 @@ class Activity:
             "firing_rate": self.firing_rate,
             "silent": self.silent,
             "saturated": self.saturated,
-            "go_rate": _quantiles(self.go_rate) if len(self.go_rate) else None,
-            "half_lives": {name: _quantiles(lives) for name, lives in self.half_lives.items()},
+            "go_rate": quantiles(self.go_rate) if len(self.go_rate) else None,
+            "half_lives": {name: quantiles(lives) for name, lives in self.half_lives.items()},
             "entropy": self.entropy,
             "loss": self.loss,
         }
 
 
-def _quantiles(x: Tensor) -> list[float]:
+def quantiles(x: Tensor) -> list[float]:
+    """Smallest, median and largest."""
     return torch.quantile(x.double(), torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
 
 
@@ -89,7 +92,8 @@ def measure_activity(model: NeuroGen, input_ids: Tensor) -> Activity:
     fired = {name: torch.stack(rows).float().cpu() for name, rows in spikes.items()}
     ceiling = GRADED_CEILING if model.config.spike == "graded" else 1.0
     full = {name: (x >= ceiling).float().mean(0) for name, x in fired.items()}
-    logits = model.decoder(torch.cat(hidden[list(hidden)[-1]], dim=1))
+    workspace = {name: torch.cat(rows, dim=1) for name, rows in hidden.items()}
+    logits = model.decoder(workspace[list(workspace)[-1]])
     return Activity(
         spikes=fired,
         firing_rate={name: float((x > 0).float().mean()) for name, x in fired.items()},
@@ -97,7 +101,8 @@ def measure_activity(model: NeuroGen, input_ids: Tensor) -> Activity:
         saturated={name: float((share >= SATURATED_SHARE).float().mean()) for name, share in full.items()},
         go_rate=torch.stack(gates).float().mean(0).cpu() if gates else torch.empty(0),
         half_lives={name: _half_lives(torch.cat(rows)) for name, rows in forgotten.items()},
-        entropy={name: _entropy(model.decoder(torch.cat(rows, dim=1))) for name, rows in hidden.items()},
+        entropy={name: _entropy(model.decoder(x)) for name, x in workspace.items()},
+        workspace={name: x[0].float().cpu() for name, x in workspace.items()},
         loss=float(nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:])),
     )
 

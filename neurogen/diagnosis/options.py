@@ -14,7 +14,7 @@ from neurogen.diagnosis.measure import TASKS
 from neurogen.errors import UserError
 from neurogen.modes import MODES
 
-SUBJECTS = ("modes", "tokenization", "activity")
+SUBJECTS = ("modes", "tokenization", "activity", "health")
 PRECISIONS = ("fp32", "bf16")
 VERBATIM = ("mode", "checkpoint", "text", "out")  # keys whose value is taken as it stands
 
@@ -23,9 +23,9 @@ VERBATIM = ("mode", "checkpoint", "text", "out")  # keys whose value is taken as
 class Options:
     """One run of the diagnosis; checked when made.
 
-    what: `modes`, `tokenization` or `activity`.
+    what: `modes`, `tokenization`, `activity` or `health`.
     model: sizes and rules of a new model, and model_name: what tables and files call it.
-    checkpoint: a trained model to watch instead, with its own tokenizer; for activity alone.
+    checkpoint: a trained model to watch instead, with its own tokenizer; for activity, and needed for health.
     mode: `all`, or one or several names with commas between them.
     task: `all`, `train` or `generate`.
     sequence: T, tokens a lane.
@@ -68,8 +68,10 @@ class Options:
             if getattr(self, key) < least:
                 raise UserError(f"{key} is {getattr(self, key)}; it must be at least {least}")
 
-        if self.checkpoint is not None and self.what != "activity":
-            raise UserError(f"what is {self.what!r}; a checkpoint is for what=activity alone")
+        if self.checkpoint is not None and self.what not in ("activity", "health"):
+            raise UserError(f"what is {self.what!r}; a checkpoint is for what=activity and what=health")
+        if self.checkpoint is None and self.what == "health":
+            raise UserError("what=health: needs a checkpoint; a new model remembers nothing yet")
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from neurogen.diagnosis.activity import Activity
 
@@ -43,12 +45,7 @@ def plot_activity(activity: Activity, path: Path) -> None:
     figure = Figure(figsize=(11, sum(heights)), layout="constrained")
     grid = figure.add_gridspec(len(rows), 2, height_ratios=heights)
     for i, (name, spikes) in enumerate(activity.spikes.items()):
-        axis = figure.add_subplot(grid[i, :])
-        raster = spikes[:, :MAX_NEURONS].T.numpy()
-        image = axis.imshow(raster, aspect="auto", interpolation="nearest", cmap="magma", vmin=0)
-        figure.colorbar(image, ax=axis, label="spike")
-        rate = 100 * activity.firing_rate[name]
-        axis.set(xlabel="token", ylabel="neuron", title=f"{name}: {rate:.1f} % fire")
+        draw_raster(figure, figure.add_subplot(grid[i, :]), name, spikes, activity.firing_rate[name])
     lives = figure.add_subplot(grid[-1, 0])
     for name, values in activity.half_lives.items():
         lives.plot(values.sort().values.numpy(), marker="o", label=name)
@@ -60,6 +57,13 @@ def plot_activity(activity: Activity, path: Path) -> None:
     entropy.set(ylabel="nats", title="entropy of the decoder's output after each layer")
     entropy.tick_params(axis="x", rotation=30)
     save(figure, path)
+
+
+def draw_raster(figure: Figure, axes: Axes, name: str, spikes: Tensor, firing_rate: float) -> None:
+    """Spikes `[T, D]` of a layer's first neurons: token across, neuron up, brightness the spike."""
+    image = axes.imshow(spikes[:, :MAX_NEURONS].T.numpy(), aspect="auto", interpolation="nearest", cmap="magma", vmin=0)
+    figure.colorbar(image, ax=axes, label="spike")
+    axes.set(xlabel="token", ylabel="neuron", title=f"{name}: {100 * firing_rate:.1f} % fire")
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -15,8 +15,11 @@ from torch import Tensor
 
 from neurogen.brain import BrainConfig
 from neurogen.config.schema import ModeConfig
+from neurogen.data import DataConfig, LaneBatches, build_corpus
 from neurogen.diagnosis.activity import measure_activity
 from neurogen.diagnosis.environment import describe_environment, missing_instruments
+from neurogen.diagnosis.health import measure_health
+from neurogen.diagnosis.health_plots import draw_health
 from neurogen.diagnosis.measure import measure_mode, precision
 from neurogen.diagnosis.options import Options
 from neurogen.diagnosis.plots import plot_activity, plot_modes
@@ -46,9 +49,8 @@ def diagnose(options: Options, console: Console | None = None) -> Path:
         "precision": options.precision,
         "environment": describe_environment(device),
     }
-    measured = {"modes": _modes, "activity": _activity, "tokenization": _tokenization}[options.what](
-        options, device, folder, console
-    )
+    subjects = {"modes": _modes, "activity": _activity, "health": _health, "tokenization": _tokenization}
+    measured = subjects[options.what](options, device, folder, console)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{options.what}-{options.model_name}.json"
     path.write_text(json.dumps(result | measured, indent=2) + "\n")
@@ -102,6 +104,21 @@ def _activity(options: Options, device: torch.device, folder: Path, console: Con
     return {"checkpoint": options.checkpoint, "embedding_dim": embedding_dim, "activity": activity.as_dict()}
 
 
+def _health(options: Options, device: torch.device, folder: Path, console: Console) -> dict[str, Any]:
+    """What a run draws at its end, of any checkpoint, on its own validation text."""
+    assert options.checkpoint is not None, "the options have checked it"
+    trained = load_trained(
+        options.checkpoint, mode=ModeConfig("auto"), device=options.device, dtype=DTYPES[options.precision]
+    )
+    data = trained.config.data
+    stream = build_corpus(data).validation
+    health = measure_health(trained.model, stream, lanes=data.lanes, window=data.window)
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in draw_health(health, folder):
+        console.print(f"wrote {picture}")
+    return {"checkpoint": options.checkpoint, "step": trained.step, "health": health.as_dict()}
+
+
 def _new_model(options: Options, device: torch.device) -> tuple[NeuroGen, Tensor]:
     """A new model of bytes and the text's ids `[T]`."""
     ids = torch.tensor(list(_read_text(options)[: options.sequence]), dtype=torch.int64)
@@ -125,10 +142,6 @@ def _trained_model(options: Options) -> tuple[NeuroGen, Tensor]:
 
 
 def _tokenization(options: Options, device: torch.device, folder: Path, console: Console) -> dict[str, Any]:
-    try:
-        from neurogen.data import DataConfig, LaneBatches, build_corpus
-    except ImportError as error:
-        raise UserError("what=tokenization needs neurogen.data, which this version does not have") from error
     corpus = build_corpus(
         DataConfig(
             lanes=options.lanes,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 def fits_launch(model: NeuroGen) -> str | None:
     """None if the launch can run this brain, otherwise why not, in one line."""
+    if model.config.token_shift:
+        return f"it has no model.token_shift, which is {model.config.token_shift} here"
     try:
         check_shape(brain_shape(model.config, model.vocab_size), 1)
     except ValueError as error:

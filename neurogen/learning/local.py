@@ -231,7 +231,7 @@ class LocalLearning:
             before = state.layers[name]
             if isinstance(layer, MemoryLayer):
                 total, delta, after = layer(seen, h, before, starts, "reference")  # type: ignore[arg-type]
-                layers[name] = type(after)(after.fast_weight.detach())
+                layers[name] = type(after)(*(part.detach() for part in after))
             else:
                 assert isinstance(layer, CortexLayer)
                 assert isinstance(before, CortexState)

@@ -1,7 +1,8 @@
-"""Several runs side by side: a Markdown table and curves, from their metrics.jsonl and resolved configurations."""
+"""Several runs side by side: a Markdown table, rows and curves, from their metrics.jsonl and configurations."""
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -9,31 +10,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from neurogen.errors import UserError
+from neurogen.storage.files import write_atomically
 from neurogen.training.metrics import Row, read_metrics
 from neurogen.training.plots import _COLORS, curve, smooth
 from neurogen.training.run_directory import RunDirectory
 
-# Where a run is kept, how far it got and which of several seeds it had: the same experiment otherwise.
-APART_KEYS = ("run_dir", "resume", "seed", "logger")
-METRICS = {
-    "val/bpb": "bits per byte",
-    "val/loss": "loss",
-    "val_reset/bpb": "reset bits per byte",
-    "throughput/tokens_per_second": "tokens/s",
+# Where a run is kept, what it draws and which of several seeds it had: the same experiment otherwise.
+APART_KEYS = ("run_dir", "resume", "seed", "logger", "trainer.health_plots")
+METRICS = {"val/bpb": "bits per byte", "val/loss": "loss", "val_reset/bpb": "reset bits per byte"}
+# The limit that a run was given, and how a table names it.
+BUDGETS = {
+    "trainer.max_seconds": "{:g} s",
+    "trainer.max_tokens": "{:,} tokens",
+    "trainer.max_steps": "{:,} steps",
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its directory's name, its configuration as flat keys, and its rows."""
+    """One run: its directory's name, its configuration as flat keys, its rows, and how it ended."""
 
     name: str
     config: dict[str, Any]
     rows: list[Row]
+    state: str = "finished"
+
+    @property
+    def budget(self) -> str:
+        """The limit it was given: seconds if it has any, else tokens, else steps."""
+        known = ((form, self.config.get(key)) for key, form in BUDGETS.items())
+        return next((form.format(limit) for form, limit in known if limit is not None), "-")
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over the whole of training."""
+        return float(self.rows[-1]["tokens"]) / max(float(self.rows[-1]["seconds"]), 1e-9)
 
 
 def read_run(path: str | Path) -> Run:
@@ -42,7 +59,8 @@ def read_run(path: str | Path) -> Run:
     rows = read_metrics(directory.metrics_path)
     if not rows:
         raise UserError(f"{directory.metrics_path} has no rows yet; compare runs that have logged something")
-    return Run(directory.path.resolve().name, _flat(directory.read_config()), rows)
+    state = str(directory.read_status().get("state", "unknown"))
+    return Run(directory.path.resolve().name, _flat(directory.read_config()), rows, state)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -54,7 +72,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs that differ in their seed alone, together, under the settings that tell the groups apart."""
-    configs = [{key: value for key, value in run.config.items() if key.split(".")[0] not in APART_KEYS} for run in runs]
+    configs = [{key: value for key, value in run.config.items() if not _is_apart(key)} for run in runs]
     keys = list(dict.fromkeys(key for config in configs for key in config))
     differing = [key for key in keys if len({repr(config.get(key, _MISSING)) for config in configs}) > 1]
     # What only one kind of model or optimiser has says no more than its name.
@@ -78,6 +96,10 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
 _MISSING = "(not set)"
 
 
+def _is_apart(key: str) -> bool:
+    return key in APART_KEYS or key.split(".")[0] in APART_KEYS
+
+
 def _identity(run: Run, keys: Sequence[str]) -> tuple[str, ...]:
     return tuple(repr(run.config.get(key, _MISSING)) for key in keys)
 
@@ -89,65 +111,136 @@ def last_value(run: Run, name: str) -> float | None:
 
 def comparison_table(runs: Sequence[Run]) -> str:
     """A Markdown table, a row an experiment: mean and, of several seeds, the sample standard deviation of each metric's
-    last value; best by the first metric first."""
+    last value; budget by budget, best by the first metric first. Runs that did not finish are named below it."""
     shown = {key: title for key, title in METRICS.items() if any(last_value(run, key) is not None for run in runs)}
     lines = [
-        f"| run | seeds | steps | seconds | {' | '.join(shown.values())} |",
-        f"|---|---|---|---|{'---|' * len(shown)}",
+        f"| budget | run | seeds | steps | M tokens | seconds | tokens/s | {' | '.join(shown.values())} |",
+        f"|---|---|---|---|---|---|---|{'---|' * len(shown)}",
     ]
     ranked = []
     for label, members in group_runs(runs).items():
-        steps = _spread([float(run.rows[-1]["step"]) for run in members], digits=0)
-        seconds = _spread([float(run.rows[-1]["seconds"]) for run in members], digits=1)
-        cells = []
-        for key in shown:
-            values = [value for run in members if (value := last_value(run, key)) is not None]
-            cells.append(_spread(values, digits=0 if key.startswith("throughput/") else 4))
-        first = [value for run in members for key in list(shown)[:1] if (value := last_value(run, key)) is not None]
-        rank = statistics.fmean(first) if first else math.inf
-        ranked.append(
-            (
-                math.inf if math.isnan(rank) else rank,
-                f"| {label} | {len(members)} | {steps} | {seconds} | {' | '.join(cells)} |",
-            )
-        )
-    return "\n".join([*lines, *(line for _, line in sorted(ranked, key=lambda each: each[0]))]) + "\n"
+        cells = [
+            _spread([float(run.rows[-1]["step"]) for run in members], digits=0),
+            _spread([float(run.rows[-1]["tokens"]) / 1e6 for run in members], digits=1),
+            _spread([float(run.rows[-1]["seconds"]) for run in members], digits=1),
+            _spread([run.tokens_per_second for run in members], digits=0),
+        ]
+        metrics = {key: [value for run in members if (value := last_value(run, key)) is not None] for key in shown}
+        cells += [_spread(values, digits=4) for values in metrics.values()]
+        first = next(iter(metrics.values()), [])
+        rank = statistics.fmean(first) if first else math.nan
+        budget = members[0].budget
+        line = f"| {budget} | {_without_budget(label)} | {len(members)} | {' | '.join(cells)} |"
+        ranked.append((_budget_size(members[0]), math.inf if math.isnan(rank) else rank, line))
+    notes = [f"\nNot finished: {run.name} ({run.state})." for run in runs if run.state != "finished"]
+    return "\n".join([*lines, *(line for *_, line in sorted(ranked)), *notes]) + "\n"
+
+
+def _budget_size(run: Run) -> float:
+    return next((float(run.config[key]) for key in BUDGETS if run.config.get(key) is not None), math.inf)
+
+
+def _without_budget(label: str) -> str:
+    """A group's label less the limit, which has a column of its own."""
+    parts = [part for part in label.split(", ") if part.split("=")[0] not in BUDGETS]
+    return ", ".join(parts) or label
+
+
+def comparison_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Plain data for JSON, an object a run: what the table is made from."""
+    return [
+        {
+            "group": label,
+            "run": run.name,
+            "seed": run.config.get("seed"),
+            "budget": run.budget,
+            "state": run.state,
+            "steps": run.rows[-1]["step"],
+            "tokens": run.rows[-1]["tokens"],
+            "seconds": run.rows[-1]["seconds"],
+            **{key: value for key in METRICS if (value := _finite(last_value(run, key))) is not None},
+        }
+        for label, members in group_runs(runs).items()
+        for run in members
+    ]
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _spread(values: Sequence[float], *, digits: int) -> str:
     if not values:
         return "-"
     mean = f"{statistics.fmean(values):,.{digits}f}"
+    if not all(math.isfinite(value) for value in values):
+        return mean  # nan: one of the seeds is not a number, which no spread describes
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):,.{digits}f}"
 
 
-def plot_comparison(runs: Sequence[Run], path: Path) -> Path:
-    """Draw training loss by step and by second, and validation bits per byte by second; one colour an experiment."""
-    figure = Figure(figsize=(15, 4.8), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = (("train/loss", "step"), ("train/loss", "seconds"), ("val/bpb", "seconds"))
-    for axes, (name, along) in zip(figure.subplots(1, 3), panels):
-        for index, (label, members) in enumerate(group_runs(runs).items()):
-            for number, run in enumerate(members):
-                _, values = curve(run.rows, name)
-                xs = [float(row[along]) for row in run.rows if name in row]
-                if len(values) >= 50:
-                    values = smooth(values, span=max(1.0, len(values) * 0.02))
-                axes.plot(
-                    xs,
-                    values,
-                    color=_COLORS[index % len(_COLORS)],
-                    linestyle=("-", "--", ":")[index // len(_COLORS) % 3],
-                    marker="o" if name == "val/bpb" else None,
-                    markersize=3,
-                    linewidth=1.4,
-                    label=label if number == 0 else None,
-                )
-        axes.set_xlabel(along)
-        axes.set_ylabel({"train/loss": "training loss (nats per token)", "val/bpb": "validation bits per byte"}[name])
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+def plot_comparison(runs: Sequence[Run], *paths: Path) -> None:
+    """Draw training loss by step and by second, and validation bits per byte by second, to each path in the format of
+    its suffix; one colour an experiment, a line a seed, and a broken line where a budget of seconds ends."""
+    # The same runs give the same SVG.
+    with matplotlib.rc_context({"svg.hashsalt": "comparison"}):
+        figure = Figure(figsize=(15, 4.8), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = (("train/loss", "step"), ("train/loss", "seconds"), ("val/bpb", "seconds"))
+        groups = group_runs(runs)
+        seconds = [run.config.get("trainer.max_seconds") for run in runs]
+        budgets = {float(each) for each in seconds if each is not None}
+        for axes, (name, along) in zip(figure.subplots(1, 3), panels):
+            for index, (label, members) in enumerate(groups.items()):
+                for number, run in enumerate(members):
+                    _draw_run(axes, run, name, along, index, label if number == 0 else None)
+            for budget in budgets if along == "seconds" else ():
+                axes.axvline(budget, color="0.6", linestyle="--", linewidth=0.8)
+            axes.set_xlabel(along)
+            axes.set_ylabel(
+                {"train/loss": "training loss (nats per token)", "val/bpb": "validation bits per byte"}[name]
+            )
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False, fontsize=7)
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _draw_run(axes: Axes, run: Run, name: str, along: str, index: int, label: str | None) -> None:
+    _, values = curve(run.rows, name)
+    xs = [float(row[along]) for row in run.rows if name in row]
+    if len(values) >= 50:
+        values = smooth(values, span=max(1.0, len(values) * 0.02))
+    axes.plot(
+        xs,
+        values,
+        color=_COLORS[index % len(_COLORS)],
+        linestyle=("-", "--", ":")[index // len(_COLORS) % 3],
+        marker="o" if name == "val/bpb" else None,
+        markersize=3,
+        linewidth=1.2,
+        label=label,
+    )
+
+
+def write_comparison(runs: Sequence[Run], folder: Path, name: str) -> str:
+    """Write `<name>.md`, `.json`, `.png` and `.svg` into a folder; return the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = comparison_table(runs)
+    write_atomically(folder / f"{name}.md", table.encode())
+    rows = json.dumps(comparison_rows(runs), indent=1, allow_nan=False)
+    write_atomically(folder / f"{name}.json", rows.encode() + b"\n")
+    plot_comparison(runs, folder / f"{name}.png", folder / f"{name}.svg")
+    return table
+
+
+def insert_section(document: str, name: str, text: str) -> str:
+    """A document with what is between the lines `<!-- name -->` and `<!-- /name -->` replaced.
+
+    Raises UserError if it has not exactly one such pair, in this order.
+    """
+    first, last = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+    if document.count(first) != 1 or document.count(last) != 1 or document.index(first) > document.index(last):
+        raise UserError(f"no place for {name}: the document needs one line {first.strip()} and after it {last.strip()}")
+    return document[: document.index(first) + len(first)] + text + document[document.index(last) :]

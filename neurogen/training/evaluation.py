@@ -73,17 +73,20 @@ def evaluate(
     precision: Precision,
     max_tokens: int | None = None,
     carry_state: bool = True,
+    context: int | None = None,
     world: World = SINGLE,
 ) -> Evaluation:
     """Read `stream` once in lanes and sum up; the first `max_tokens` targets at most.
 
     carry_state: hand each lane's state from window to window, as in training; otherwise every window starts from a
-    new one, which shows what the memory of earlier windows is worth. Processes share the lanes out if they divide, and
+    new one, which shows what the memory of earlier windows is worth. context: tokens after which a carried state is
+    replaced by a new one, a multiple of the window; None for never. Processes share the lanes out if they divide, and
     otherwise all read everything; each has the whole result. Synchronises once, at the end.
     """
+    assert context is None or (carry_state and context % window == 0), (context, window)
     # A short text in many lanes would be mostly padding.
     num_targets = min(len(stream) - 1, max_tokens or len(stream) - 1)
-    lanes = max(1, min(lanes, num_targets // window))
+    lanes = max(1, min(lanes, num_targets // (context or window)))
     device = precision.device
     bytes_of = torch.from_numpy(tokenizer.token_num_bytes())
     nats = torch.zeros((), dtype=torch.float64, device=device)
@@ -92,13 +95,16 @@ def evaluate(
     state = None
     readers = world if lanes % world.size == 0 else SINGLE
     shares = {"rank": readers.rank, "world_size": readers.size}
-    for batch in validation_batches(stream, lanes=lanes, window=window, max_tokens=max_tokens, **shares):
+    batches = validation_batches(stream, lanes=lanes, window=window, max_tokens=max_tokens, **shares)
+    for number, batch in enumerate(batches):
+        if not carry_state or (context is not None and number * window % context == 0):
+            state = None
         valid = batch.target_ids[batch.target_ids != IGNORE]
         part = batch.to(device)
         with precision.autocast():
             out = model(
                 part.input_ids,
-                state if carry_state else None,
+                state,
                 document_start=part.document_start,
                 target_ids=part.target_ids,
             )

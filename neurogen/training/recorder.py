@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from neurogen.config.compose import config_to_dict
 from neurogen.data.prefetch import Prefetcher
+from neurogen.diagnosis.health import measure_health
+from neurogen.diagnosis.health_plots import draw_health
 from neurogen.errors import UserError
 from neurogen.training.checkpoint import CheckpointNotSaved, find_latest, save_checkpoint
 from neurogen.training.checkpoint_saver import AsyncCheckpointSaver
+from neurogen.training.distributed import FSDP
 from neurogen.training.loggers import Logger
 from neurogen.training.metrics import MetricsWriter
 from neurogen.training.plots import plot_run
@@ -151,6 +154,7 @@ class Recorder:
     def finish(self, state: str, *, reason: str) -> Path:
         """Wait for the last checkpoint, draw the plots, write the final status; return the checkpoint.
 
+        A finished run's neural health is measured here, after training's clock has stopped and when all else is safe.
         Raises UserError if the last checkpoint could not be written.
         """
         try:
@@ -162,9 +166,20 @@ class Recorder:
         assert self._last_checkpoint is not None, "a run saves before it finishes"
         with self._disk.tolerated("a plot"):
             plots = plot_run(self._run.path)
+            if state == "finished" and self._session.config.trainer.health_plots:
+                plots += self._health_plots()
             self._logger.log_images({path.stem: path for path in plots}, step=self._session.progress.step)
         self.status(state, reason=reason)
         return self._last_checkpoint
+
+    def _health_plots(self) -> list[Path]:
+        """Pictures of neurons, memory and gradients on a little validation text, and their numbers."""
+        session, data = self._session, self._session.config.data
+        if session.world.strategy == FSDP:
+            self.say("no health plots: FSDP leaves each process a part of the parameters; use scripts/diagnose.py")
+            return []
+        health = measure_health(session.model, session.corpus.validation, lanes=data.lanes, window=data.window)
+        return draw_health(health, self._run.plots)
 
     def __enter__(self) -> Recorder:
         self._display.__enter__()

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from neurogen import BrainConfig, BrainState, NeuroGen, UserError
 
-KINDS = [{}, {"spike": "binary", "memory_rule": "delta", "chunk_size": 3}, {"go_gate": False, "lateral": False}]
+KINDS = [
+    {},
+    {"spike": "binary", "memory_rule": "delta", "chunk_size": 3},
+    {"go_gate": False, "lateral": False},
+    {"token_shift": 4, "memory_rule": "delta"},
+]
 
 
 def ids(lanes: int, num_tokens: int, seed: int = 0) -> Tensor:

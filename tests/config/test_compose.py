@@ -37,7 +37,30 @@ def test_every_choice_of_every_group_composes(choice: str) -> None:
 
 def test_the_groups_folders_are_the_schema() -> None:
     folders = {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
-    assert folders == {*GROUPS, "experiment"}
+    assert folders == {*GROUPS, "experiment", "tuned"}
+
+
+@pytest.mark.parametrize(("experiment", "seconds"), [("enwiki_50s", 50), ("enwiki_180s", 180)])
+@pytest.mark.parametrize("model", ["small", "gpt", "lstm"])
+def test_the_byte_benchmark_is_the_same_for_all_but_what_is_tuned(experiment: str, seconds: int, model: str) -> None:
+    """A run ends with its time and a rate of zero, and looks at itself once, at the end; the model's own file comes
+    after the experiment and before the command line."""
+    words = [f"model={model}", f"experiment={experiment}", "seed=3", "data.path=a.jsonl.zst"]
+    config = compose_config(words)
+    assert (config.data.lanes, config.data.window, config.trainer.max_seconds) == (64, 512, seconds)
+    assert (config.schedule.by, config.schedule.final_scale) == ("seconds", 0.0)
+    every = ("evaluate_every", "sample_every", "checkpoint_every")
+    assert [getattr(config.trainer, key) for key in every] == [0, 0, 0]
+    assert config.trainer.evaluate_tokens <= 500_000
+    tuned = OmegaConf.load(CONF_DIR / "tuned" / experiment / f"{model}.yaml").optimizer
+    assert {key: getattr(config.optimizer, key) for key in tuned} == dict(tuned)
+    assert compose_config([*words, "optimizer.lr=0.5"]).optimizer.lr == 0.5
+
+
+def test_every_tuned_file_belongs_to_an_experiment_and_a_model() -> None:
+    for path in (CONF_DIR / "tuned").glob("*/*"):
+        assert (CONF_DIR / "experiment" / f"{path.parent.name}.yaml").exists()
+        assert (CONF_DIR / "model" / path.name).exists()
 
 
 @pytest.mark.parametrize("choice", [choice for choice in CHOICES if not choice.startswith("experiment=")])

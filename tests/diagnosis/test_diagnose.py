@@ -101,7 +101,8 @@ def test_a_file_that_is_no_result_is_refused(tmp_path: Path, result_path: Path) 
         (["model.column_width=7"], "not a multiple of model.column_width = 7"),
         (["what=dreams"], "what is 'dreams'"),
         (["precision=int4"], "precision is 'int4'"),
-        (["checkpoint=runs/a"], "a checkpoint is for what=activity alone"),
+        (["checkpoint=runs/a"], "a checkpoint is for what=activity and what=health"),
+        (["what=health"], "what=health: needs a checkpoint"),
     ],
 )
 def test_bad_settings_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

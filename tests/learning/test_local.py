@@ -97,8 +97,9 @@ def test_spatial_feedback_at_one_token_is_bptt_for_the_whole_brain(rule: str) ->
 
 
 @pytest.mark.parametrize("feedback", FEEDBACKS)
-def test_the_pass_is_the_models(feedback: str) -> None:
-    model, batch = make_model(), make_batch()
+@pytest.mark.parametrize("token_shift", [0, 3])
+def test_the_pass_is_the_models(feedback: str, token_shift: int) -> None:
+    model, batch = make_model(token_shift=token_shift), make_batch()
     state = worn_state(model)
     result = local(model, feedback=feedback).learn(model, batch, state, share=1.0, autocast=nullcontext)
     expected = BPTT().learn(model, batch, state, share=0.0, autocast=nullcontext)
@@ -123,7 +124,7 @@ def test_a_full_brain_agrees_in_direction() -> None:
 
 
 def test_every_parameter_learns_and_time_constants_can_be_left_alone() -> None:
-    model, batch = make_model(memory_rule="delta"), make_batch()
+    model, batch = make_model(memory_rule="delta", token_shift=2), make_batch()
     for name, gradient in window_gradients(local(model), model, batch).items():
         assert gradient.abs().max() > 0, name
     local(model, time_constants=False).learn(model, batch, None, share=1.0, autocast=nullcontext)

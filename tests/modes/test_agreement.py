@@ -33,6 +33,10 @@ CASES = {
     "no-broca": Case({"broca_depth": 0, "pfc_depth": 0}, num_tokens=3),
     "one-column-one-head": Case({"embedding_dim": 7, "column_width": 7, "head_width": 7}, lanes=3, num_tokens=4),
     "no-tokens": Case({}, num_tokens=0),
+    "token-shift": Case({"token_shift": 4, "memory_rule": "delta"}, num_tokens=9),
+    "token-shift-one-token": Case({"token_shift": 3}, num_tokens=1),
+    "token-shift-no-tokens": Case({"token_shift": 2}, num_tokens=0),
+    "token-shift-no-resets": Case({"token_shift": 2}, resets=False),
 }
 
 

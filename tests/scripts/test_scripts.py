@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import runpy
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from neurogen.brain import BrainState
+from neurogen.errors import UserError
 from neurogen.training.checkpoint import find_latest, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,6 +70,45 @@ def test_evaluate_prints_one_json_object(
     assert result["num_bytes"] == pytest.approx(0.05 * len(TEXT), rel=0.02)
     assert 7 < result["bpb"] < 8.1
     assert result.keys() >= {"loss", "perplexity", "accuracy", "reset_loss", "reset_bpb"}
+
+
+def test_evaluate_at_several_contexts(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["checkpoint=runs/a", "contexts=[16,64]", "data=text", "data.path=notes.txt", "data.lanes=1"]
+    words += ["data.window=16", "data.validation_bytes=200"]
+    code, out, _ = run_here("evaluate.py", *words, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
+    result = json.loads(out)
+    assert code == 0
+    assert result["context_16_bpb"] == pytest.approx(result["reset_bpb"])
+    assert result["context_64_bpb"] not in (result["context_16_bpb"], result["bpb"])
+    words[1] = "contexts=[24]"
+    code, _, err = run_here("evaluate.py", *words, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, err) == (
+        2,
+        "error: contexts=24: not a multiple of data.window=16; change one of the two\n",
+    )
+
+
+def test_a_gpt_has_the_context_of_its_window() -> None:
+    check = runpy.run_path(str(ROOT / "scripts" / "evaluate.py"))["check_contexts"]
+    check([512], 512, carries_state=False)
+    check([512, 8192], 512, carries_state=True)
+    with pytest.raises(UserError, match="carries nothing past its window"):
+        check([512, 8192], 512, carries_state=False)
+
+
+def test_diagnose_draws_a_checkpoints_health(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["what=health", "checkpoint=runs/a", "out=health"]
+    code, out, _ = run_here("diagnose.py", *arguments, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0
+    assert "gradient_lag.png" in out
+    result = json.loads((trained / "health" / "health-checkpoint.json").read_text())
+    assert result["step"] == 2
+    assert result["health"]["context_loss"][0]["loss"] == pytest.approx(math.log(257), abs=0.1)
+    shutil.rmtree(trained / "health")
 
 
 def test_evaluate_another_text_with_the_checkpoints_vocabulary(

@@ -2,13 +2,23 @@
 
 import json
 import math
+import runpy
 from pathlib import Path
 
 import pytest
 import yaml
 
 from neurogen.errors import UserError
-from neurogen.training.comparison import comparison_table, group_runs, plot_comparison, read_run
+from neurogen.training.comparison import (
+    comparison_table,
+    group_runs,
+    insert_section,
+    plot_comparison,
+    read_run,
+    write_comparison,
+)
+
+compare_runs = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts" / "compare_runs.py"))["main"]
 
 
 def write_run(folder: Path, name: str, losses: list[float], **settings: object) -> Path:
@@ -18,9 +28,11 @@ def write_run(folder: Path, name: str, losses: list[float], **settings: object) 
     (path / "config.yaml").write_text(yaml.safe_dump(config | settings))
     (path / "status.json").write_text(json.dumps({"state": "finished"}))
     rows = [
-        {"step": i + 1, "tokens": 10, "seconds": 0.5 * (i + 1), "train/loss": loss} for i, loss in enumerate(losses)
+        {"step": i + 1, "tokens": 2_000_000 * (i + 1), "seconds": 0.5 * (i + 1), "train/loss": loss}
+        for i, loss in enumerate(losses)
     ]
-    rows[-1]["val/bpb"] = losses[-1] / math.log(2)
+    rows[-1]["val/bpb"] = losses[-1] / math.log(2) if math.isfinite(losses[-1]) else "NaN"
+    rows[-1]["train/loss"] = rows[-1]["val/bpb"]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -35,13 +47,78 @@ def test_seeds_share_a_row_and_the_best_comes_first(tmp_path: Path) -> None:
     runs = [read_run(path) for path in paths]
     assert [[run.name for run in members] for members in group_runs(runs).values()] == [["a"], ["b", "c"]]
     lines = comparison_table(runs).splitlines()
-    assert lines[0] == "| run | seeds | steps | seconds | bits per byte |"
+    assert lines[0] == "| budget | run | seeds | steps | M tokens | seconds | tokens/s | bits per byte |"
     bpb, spread = 2.5 / math.log(2), math.sqrt(0.5) / math.log(2)
-    assert lines[2] == f"| model=gpt | 2 | 2 ± 0 | 1.0 ± 0.0 | {bpb:.4f} ± {spread:.4f} |"
-    assert lines[3] == f"| model=brain | 1 | 2 | 1.0 | {4 / math.log(2):.4f} |"
+    figures = f"2 ± 0 | 4.0 ± 0.0 | 1.0 ± 0.0 | 4,000,000 ± 0 | {bpb:.4f} ± {spread:.4f} |"
+    assert lines[2] == f"| - | model=gpt | 2 | {figures}"
+    assert lines[3] == f"| - | model=brain | 1 | 2 | 4.0 | 1.0 | 4,000,000 | {4 / math.log(2):.4f} |"
     assert len(lines) == 4
-    png = plot_comparison(runs, tmp_path / "new" / "curves.png")
-    assert png.read_bytes().startswith(b"\x89PNG")
+    plot_comparison(runs, tmp_path / "new" / "curves.png")
+    assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_three_seeds_of_two_models_under_two_budgets(tmp_path: Path) -> None:
+    """Budgets come one after the other, the best of each first; mean and spread are the sample's."""
+    values = {("brain", 50): (1.0, 1.2, 1.1), ("gpt", 50): (1.3, 1.3, 1.3), ("brain", 180): (0.8, 0.7, 0.9)}
+    paths = [
+        write_run(
+            tmp_path,
+            f"{model}{budget}{seed}",
+            [2.0, value],
+            model={"name": model},
+            seed=seed,
+            trainer={"max_seconds": budget, "max_tokens": None, "max_steps": 1000},
+        )
+        for (model, budget), losses in reversed(values.items())
+        for seed, value in enumerate(losses)
+    ]
+    runs = [read_run(path) for path in paths]
+    lines = comparison_table(runs).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [row[:3] for row in cells] == [
+        ["50 s", "model=brain", "3"],
+        ["50 s", "model=gpt", "3"],
+        ["180 s", "model=brain", "3"],
+    ]
+    assert cells[0][-1] == f"{1.1 / math.log(2):.4f} ± {0.1 / math.log(2):.4f}"
+    assert cells[1][-1] == f"{1.3 / math.log(2):.4f} ± 0.0000"
+
+
+def test_files_are_written_and_shown_in_a_document(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path, name, [2.0, loss])) for name, loss in (("a", 1.0), ("b", math.nan))]
+    write_comparison(runs, tmp_path / "out", "bytes")
+    rows = json.loads((tmp_path / "out" / "bytes.json").read_text())
+    assert [row["run"] for row in rows] == ["a", "b"]
+    assert rows[0]["val/bpb"] == pytest.approx(1.0 / math.log(2))
+    assert "val/bpb" not in rows[1]
+    svg = (tmp_path / "out" / "bytes.svg").read_bytes()
+    write_comparison(runs, tmp_path / "out", "bytes")
+    assert (tmp_path / "out" / "bytes.svg").read_bytes() == svg
+
+    document = tmp_path / "doc.md"
+    document.write_text("before\n<!-- bytes -->\nold\n<!-- /bytes -->\nafter\n")
+    words = [str(tmp_path / "a"), str(tmp_path / "b"), "--name", "bytes", "--folder", str(tmp_path / "out")]
+    assert compare_runs([*words, "--into", str(document)]) == 0
+    text = document.read_text()
+    table = (tmp_path / "out" / "bytes.md").read_text()
+    assert text == f"before\n<!-- bytes -->\n{table}\n![bytes](out/bytes.png)\n<!-- /bytes -->\nafter\n"
+    assert compare_runs([*words, "--into", str(document)]) == 0
+    assert document.read_text() == text
+
+
+def test_a_document_without_the_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("", "<!-- x -->\n", "<!-- /x -->\n<!-- x -->\n", "<!-- x -->\n<!-- /x -->\n" * 2):
+        with pytest.raises(UserError, match="no place for x"):
+            insert_section(text, "x", "new")
+    path = write_run(tmp_path, "a", [1.0])
+    assert compare_runs([str(path), "--into", "doc.md"]) == 2
+    assert "--name" in capsys.readouterr().err
+
+
+def test_unfinished_runs_are_named(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "a", [1.0])
+    (path / "status.json").write_text(json.dumps({"state": "interrupted"}))
+    assert comparison_table([read_run(path)]).endswith("\nNot finished: a (interrupted).\n")
 
 
 def test_one_run_and_settings_that_only_one_has(tmp_path: Path) -> None:

@@ -34,16 +34,16 @@ def make_stream(tokenizer: Tokenizer, texts: list[str]) -> TokenStream:
 
 
 def naive(
-    model: NeuroGen, stream: TokenStream, num_bytes: np.ndarray, *, lanes: int, window: int, limit: int, carry: bool
+    model: NeuroGen, stream: TokenStream, num_bytes: np.ndarray, *, lanes: int, context: int | None, limit: int
 ) -> tuple[float, int, int, int]:
-    """nats, targets, hits and bytes, one token and one lane at a time."""
+    """nats, targets, hits and bytes, one token and one lane at a time, with a new state every `context` tokens."""
     ids = stream.tokens.astype(np.int64)
     nats, hits, size = 0.0, 0, 0
     bounds = [lane * limit // lanes for lane in range(lanes + 1)]
     for start, end in itertools.pairwise(bounds):
         state = model.init_state(1)
         for i in range(start, end):
-            if ids[i] == stream.document_start_id or i == 0 or (not carry and (i - start) % window == 0):
+            if ids[i] == stream.document_start_id or i == 0 or (context and (i - start) % context == 0):
                 state = model.init_state(1)
             logits, state = model.step(torch.tensor([ids[i]]), state)
             nats -= float(torch.log_softmax(logits[0], 0)[ids[i + 1]])
@@ -61,14 +61,29 @@ def test_evaluation_is_the_naive_count(lanes: int, max_tokens: int | None, carry
     limit = min(max_tokens or len(stream), len(stream) - 1)
     with torch.no_grad():
         nats, targets, hits, size = naive(
-            model, stream, tokenizer.token_num_bytes(), lanes=max(1, min(lanes, limit // 7)), window=7, limit=limit,
-            carry=carry,
+            model, stream, tokenizer.token_num_bytes(), lanes=max(1, min(lanes, limit // 7)),
+            context=None if carry else 7, limit=limit,
         )  # fmt: skip
     result = evaluate(
         model, stream, tokenizer, lanes=lanes, window=7, precision=CPU64, max_tokens=max_tokens, carry_state=carry
     )
     assert result.nats == pytest.approx(nats, rel=1e-10)
     assert (result.num_targets, result.num_correct, result.num_bytes) == (targets, hits, size)
+
+
+@pytest.mark.parametrize("context", [7, 14, 21])
+def test_a_context_of_several_windows(context: int) -> None:
+    tokenizer = ByteTokenizer()
+    stream = make_stream(tokenizer, ["def f(x):\n    return x\n", "import os, sys\nprint(os)\n"])
+    model = make_model(tokenizer.vocab_size)
+    limit = len(stream) - 1
+    with torch.no_grad():
+        expected = naive(model, stream, tokenizer.token_num_bytes(), lanes=limit // 21, context=context, limit=limit)
+    lanes = limit // 21  # as many as the longest context leaves
+    result = evaluate(model, stream, tokenizer, lanes=lanes, window=7, precision=CPU64, context=context)
+    assert result.nats == pytest.approx(expected[0], rel=1e-10)
+    reset = evaluate(model, stream, tokenizer, lanes=lanes, window=7, precision=CPU64, carry_state=False)
+    assert (result.nats == pytest.approx(reset.nats, rel=1e-12)) == (context == 7)
 
 
 def test_bits_per_byte_counts_bytes_not_tokens() -> None:

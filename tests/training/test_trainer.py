@@ -54,7 +54,7 @@ def untimed(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("plots", [True])
 def test_a_run_leaves_everything(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(configure("run_dir=runs/a", "trainer.checkpoint_every=4")) == 0
+    assert train(configure("run_dir=runs/a", "trainer.checkpoint_every=4", "trainer.health_plots=true")) == 0
     run = text / "runs" / "a"
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 9))
@@ -73,7 +73,9 @@ def test_a_run_leaves_everything(text: Path, capsys: pytest.CaptureFixture[str])
     assert (status["state"], status["step"], status["tokens"]) == ("finished", 8, 512)
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step-00000004", "step-00000008"]
     assert {path.name for path in (run / "samples").iterdir()} == {"step-00000004.txt", "step-00000008.txt"}
-    assert len(list((run / "plots").glob("*.png"))) >= 4
+    plots = {path.stem for path in (run / "plots").glob("*.png")}
+    assert {"loss", "bits_per_byte", "firing_rates", "spikes", "workspace", "memory_horizon", "gradient_lag"} <= plots
+    assert json.loads((run / "plots" / "health.json").read_text())["half_lives"]["pfc.0"][2] > 1000
     assert "finished at step 8" in capsys.readouterr().err
 
 

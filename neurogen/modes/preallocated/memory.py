@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from neurogen.brain.regions import MemoryLayer
-from neurogen.brain.state import MemoryState
+from neurogen.brain.state import MemoryState, ShiftedMemoryState
 from neurogen.modes.preallocated.buffers import (
     Norm,
     Projection,
@@ -17,6 +17,9 @@ from neurogen.modes.preallocated.buffers import (
     silu,
     silu_backward,
 )
+from neurogen.modes.preallocated.token_shift import TokenShiftStep
+
+AnyMemoryState = MemoryState | ShiftedMemoryState
 
 
 class MemoryStep:
@@ -32,6 +35,7 @@ class MemoryStep:
         self.means = room.mean(config.head_width, config.norm_eps)
         self.sum_of_squares = room.mean(1, config.norm_eps)
         self.norm = Norm(room, config.embedding_dim, config.norm_eps)
+        self.shift = None if layer.shift is None else TokenShiftStep(room, layer.shift)
         self.in_proj = Projection(room, layer.in_proj.weight.to(room.matmul_dtype))
         self.forget = Projection(room, layer.forget.weight, layer.forget.bias)
         self.write = None if layer.write is None else Projection(room, layer.write.weight, layer.write.bias)
@@ -51,21 +55,29 @@ class MemoryStep:
 
     @property
     def inputs(self) -> list[Tensor]:
-        return [tensor for projection in self.projections for tensor in projection.inputs]
+        tensors = [tensor for projection in self.projections for tensor in projection.inputs]
+        return tensors if self.shift is None else [*tensors, self.shift.taps]
 
-    def start(self, state: MemoryState) -> None:
+    def start(self, state: AnyMemoryState) -> None:
         self.fast_weight[0].copy_(state.fast_weight)
+        if self.shift is not None:
+            assert isinstance(state, ShiftedMemoryState)
+            self.shift.start(state.recent)
 
-    def state(self, t: int) -> MemoryState:
+    def state(self, t: int) -> AnyMemoryState:
         """After t tokens."""
-        return MemoryState(self.fast_weight[t % self.fast_weight.shape[0]].clone())
+        slot = t % self.fast_weight.shape[0]
+        fast_weight = self.fast_weight[slot].clone()
+        if self.shift is None:
+            return MemoryState(fast_weight)
+        return ShiftedMemoryState(fast_weight, self.shift.recent[slot].clone())
 
     def freeze(self, t: int, done: Tensor) -> None:
         """Put the state after token t back to the one before it in the lanes that are done, `[B]` bool."""
         before, after = t % self.fast_weight.shape[0], (t + 1) % self.fast_weight.shape[0]
-        torch.where(
-            done.view(-1, 1, 1, 1), self.fast_weight[before], self.fast_weight[after], out=self.fast_weight[after]
-        )
+        for tape in (self.fast_weight,) if self.shift is None else (self.fast_weight, self.shift.recent):
+            frozen = done.view(-1, *[1] * (tape.dim() - 2))
+            torch.where(frozen, tape[before], tape[after], out=tape[after])
 
     def _columns(self, x: Tensor) -> Tensor:
         """`[B, H, N]` to `[B * H, N, 1]`."""
@@ -82,6 +94,9 @@ class MemoryStep:
         """Token t: add to the workspace x `[B, D]` what is read; `kept` is `[B]`, 0 where a document starts."""
         i, before, after = self._slots(t)
         h = self.norm.forward(i, x)
+        if self.shift is not None:
+            self.shift.forward(t, h, kept, self.shift.scratch)
+            h = self.shift.scratch
         self.in_proj.input(i).copy_(h)
         query, key, value, gate = self._parts(self.in_proj.forward(i))
         for raw, out, scale in (
@@ -119,9 +134,12 @@ class MemoryStep:
         num_slots = self.fast_weight.shape[0]
         return t % self.query.shape[0], t % num_slots, (t + 1) % num_slots
 
-    def prepare_backward(self, grad_state: MemoryState) -> None:
+    def prepare_backward(self, grad_state: AnyMemoryState) -> None:
         for projection in self.projections:
             projection.prepare_backward()
+        if self.shift is not None:
+            assert isinstance(grad_state, ShiftedMemoryState)
+            self.shift.prepare_backward(grad_state.recent)
         self.grad_weight = grad_state.fast_weight.to(self.room.dtype, copy=True)
         self.product = torch.empty_like(self.grad_weight)
         self.grad_read, self.grad_query, self.grad_key, self.grad_value, self.grad_gate, self.grad_error = (
@@ -129,6 +147,7 @@ class MemoryStep:
         )
         self.sums = self.read.new_empty(*self.read.shape[:-1], 1)
         self.grad_h = self.read.new_empty(self.read.shape[0], self.config.embedding_dim)
+        self.grad_mixed = torch.empty_like(self.grad_h)
 
     def backward(self, t: int, grad_x: Tensor, kept: Tensor | None) -> None:
         """Token t in reverse: add to grad_x `[B, D]` what comes through the circuit."""
@@ -163,7 +182,7 @@ class MemoryStep:
         ):
             normalize_backward(grad, normed, scale, self.scratch, self.sums, self.sum_of_squares, out=grad)
             silu_backward(grad, raw, grad_input=out)
-        self._input_backward(i, grad_x)
+        self._input_backward(t, grad_x, kept)
 
     def _weight_backward(self, t: int, value: Tensor) -> None:
         """From the gradient at the read and at S_t to those at q, k, v and P, the retained part of S_{t-1}."""
@@ -188,14 +207,21 @@ class MemoryStep:
         self._columns(self.grad_key).baddbmm_(self._matrices(self.product), self._columns(self.grad_value), alpha=-1.0)
         grad.addcmul_(self.key[i].unsqueeze(-1), self.grad_value.unsqueeze(-2), value=-1.0)
 
-    def _input_backward(self, i: int, grad_x: Tensor) -> None:
-        self.grad_h.copy_(self.in_proj.backward(i)).add_(self.forget.backward(i))
+    def _input_backward(self, t: int, grad_x: Tensor, kept: Tensor | None) -> None:
+        i = self._slots(t)[0]
+        grad = self.grad_h if self.shift is None else self.grad_mixed
+        grad.copy_(self.in_proj.backward(i)).add_(self.forget.backward(i))
         if self.write is not None:
-            self.grad_h.add_(self.write.backward(i))
+            grad.add_(self.write.backward(i))
+        if self.shift is not None:
+            self.shift.backward(t, grad, kept, self.grad_h)
         self.norm.backward(i, self.grad_h, grad_x)
 
     def gradients(self) -> list[Tensor]:
-        return [grad for projection in self.projections for grad in projection.gradients()]
+        grads = [grad for projection in self.projections for grad in projection.gradients()]
+        return grads if self.shift is None else [*grads, self.shift.grad_taps]
 
-    def grad_state(self) -> MemoryState:
-        return MemoryState(self.grad_weight)
+    def grad_state(self) -> AnyMemoryState:
+        if self.shift is None:
+            return MemoryState(self.grad_weight)
+        return ShiftedMemoryState(self.grad_weight, self.shift.grad_recent)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.cortex import CortexState
-from neurogen.brain import Brain, BrainState, MemoryState
+from neurogen.brain import Brain, BrainState
 from neurogen.brain.regions import Activity, CortexLayer, MemoryLayer
 from neurogen.brain.state import LayerState
 from neurogen.modes.preallocated.buffers import Room
@@ -126,6 +125,5 @@ def named_states(like: dict[str, LayerState], flat: list[Tensor]) -> dict[str, L
     tensors = iter(flat)
     layers: dict[str, LayerState] = {}
     for name, layer in like.items():
-        parts = [next(tensors) for _ in layer]
-        layers[name] = CortexState(*parts) if isinstance(layer, CortexState) else MemoryState(*parts)
+        layers[name] = type(layer)(*[next(tensors) for _ in layer])
     return layers
