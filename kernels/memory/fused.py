@@ -172,7 +172,8 @@ def _has_large_shared(index: int) -> bool:
 
 def _table(value: Tensor, write_logit: Tensor | None) -> LaunchTable:
     large_shared = INTERPRETED or _has_large_shared(value.device.index or 0)
-    return launch_table(value.dtype, value.shape[-1], delta=write_logit is not None, large_shared=large_shared)
+    width = int(value.shape[-1])  # a graph with symbolic shapes is specialised to the head width
+    return launch_table(value.dtype, width, delta=write_logit is not None, large_shared=large_shared)
 
 
 def _row_readable(x: Tensor) -> Tensor:

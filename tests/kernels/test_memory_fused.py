@@ -5,10 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from kernels.launch import INTERPRETED
 from kernels.memory import RULES, memory
-from kernels.memory.fused import memory_forward
+from kernels.memory.fused import memory_backward, memory_forward
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # Norm of the difference over the norm of the float64 result: outputs, gradients.
@@ -221,6 +223,26 @@ def test_operator_is_registered_soundly(rule: str) -> None:
     leaves = [None if x is None else x.clone().requires_grad_() for x in arguments]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(memory_forward, (*leaves, draw_starts(1, 18), 1e-6), test_utils=tests)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_traces_with_symbolic_shapes(rule: str) -> None:
+    """Sizes that are symbols cannot be looked up in the launch table as they are."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+
+    def symbolic(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * x.dim())
+        return mode.from_tensor(x, symbolic_context=context)
+
+    arguments = [symbolic(x) for x in draw(rule, 2, 100, 2, 64, torch.bfloat16)]
+    with mode:
+        output, state, inverse = memory_forward(*arguments, None, 1e-6)
+        grads = memory_backward(*arguments, None, inverse, output, None, 1e-6)
+    assert output.shape[-1] == 64
+    assert state.dtype == torch.float32
+    assert len(grads) == 6
 
 
 @pytest.mark.gpu
