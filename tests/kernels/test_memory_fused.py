@@ -10,7 +10,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from kernels.launch import INTERPRETED
 from kernels.memory import RULES, memory
-from kernels.memory.fused import memory_backward, memory_forward
+from kernels.memory.fused import memory_backward, memory_backward_into, memory_forward
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # Norm of the difference over the norm of the float64 result: outputs, gradients.
@@ -169,11 +169,23 @@ def test_extreme_forgetting(rule: str, logit: float) -> None:
 
 
 def test_decay_after_much_forgetting_is_exact() -> None:
-    """Tokens that forget everything must not cost the ones after them in the chunk their digits."""
+    """Tokens that forget everything must not cost the ones after them in the chunk their digits.
+
+    Their own logits have no gradient, found as the difference of numbers near one.
+    """
     arguments = draw("hebbian", 1, 16, 1, 16)
     arguments[3][:, :12] = -60.0
     arguments[3][:, 12:] = 6.0
-    check(arguments, None, rule="hebbian")
+    outputs, grads = evaluate(arguments, None, rule="hebbian", backend="fused")
+    expected_outputs, expected_grads = evaluate(
+        arguments, None, rule="hebbian", backend="reference", dtype=torch.float64
+    )
+    assert expected_grads[3][:, :12].abs().max() < 1e-12
+    assert grads[3][:, :12].abs().max() < 1e-5
+    pairs = [*zip(outputs, expected_outputs, strict=True), *zip(grads, expected_grads, strict=True)]
+    pairs[5] = (grads[3][:, 12:], expected_grads[3][:, 12:])
+    for actual, expected in pairs:
+        assert relative_error(actual, expected) < 1e-5
 
 
 def test_repeated_keys_keep_the_delta_rule_stable() -> None:
@@ -207,6 +219,21 @@ def test_layouts_do_not_matter(rule: str) -> None:
     actual = memory(*shuffled, rule=rule, backend="fused")
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_go_into_parts_of_one_tensor(rule: str) -> None:
+    arguments = [*draw(rule, 2, 37, 2, 16), draw_starts(2, 37)]
+    output, _, inverse = memory_forward(*arguments, 1e-6)
+    expected = memory_backward(*arguments, inverse, output, None, 1e-6)
+    wide = torch.empty(2, 37, 4 * 32)
+    parts = tuple(x.unflatten(-1, (2, 16)) for x in wide.chunk(4, dim=-1))
+    others = memory_backward_into(*arguments, inverse, output, None, 1e-6, out=parts[:3])
+    for actual, wanted in zip((*parts[:3], *others), expected, strict=True):
+        assert torch.equal(actual, wanted)
+    assert parts[3].isnan().all()
+    with pytest.raises(ValueError, match="equal strides"):
+        memory_backward_into(*arguments, inverse, output, None, 1e-6, out=(*parts[:2], parts[2].contiguous()))
 
 
 def test_refuses_by_name() -> None:
