@@ -14,7 +14,7 @@ from kernels.gated_norm import fused as gated_norm
 from kernels.launch import check_launchable
 from kernels.linear import RoundedWeights, product
 from kernels.linear.full_precision import full_precision_rows
-from kernels.memory.fused import WIDTHS, memory_backward, memory_forward
+from kernels.memory.fused import WIDTHS, memory_backward_into, memory_forward
 from kernels.memory.reference import RULES
 
 _ROWS_MULTIPLE = 64  # the logits' rows below the four projections are padded to this, for the products' alignment
@@ -86,7 +86,8 @@ class _MemoryCircuit(torch.autograd.Function):
         grad_read, _ = gated_norm.launch_backward(
             read.flatten(-2), gate, None, grad_activity, wide[:, 3 * width : 4 * width], head_width, ctx.options.eps
         )
-        *grad_views, grad_forget, grad_write, grad_state = memory_backward(
+        *grad_views, _ = _parts(wide.view(num_lanes, num_tokens, -1)[..., : 4 * width], num_heads)
+        grad_forget, grad_write, grad_state = memory_backward_into(
             *views,
             forget_logit,
             write_logit,
@@ -96,9 +97,8 @@ class _MemoryCircuit(torch.autograd.Function):
             grad_read.view(read.shape),
             grad_final_state,
             ctx.options.eps,
+            out=tuple(grad_views),
         )
-        for target, grad in zip(wide[:, : 3 * width].chunk(3, dim=-1), grad_views):
-            target.copy_(grad.view(rows.shape))
         logit_grads = [grad_forget] if write_logit is None else [grad_forget, grad_write]
         tail = wide[:, 4 * width :].zero_()
         for i, grad in enumerate(logit_grads):
