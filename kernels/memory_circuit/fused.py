@@ -82,13 +82,15 @@ class _MemoryCircuit(torch.autograd.Function):
         grad_out_projection = product(grad_rows.t(), activity.view(rows.shape), out_dtype)
 
         wide = torch.empty(rows.shape[0], rounded_in.shape[0], dtype=rows.dtype, device=rows.device)
-        *views, gate = _parts(projected.view(num_lanes, num_tokens, -1), num_heads)
+        query, key, value, gate = _parts(projected.view(num_lanes, num_tokens, -1), num_heads)
         grad_read, _ = gated_norm.launch_backward(
             read.flatten(-2), gate, None, grad_activity, wide[:, 3 * width : 4 * width], head_width, ctx.options.eps
         )
-        *grad_views, _ = _parts(wide.view(num_lanes, num_tokens, -1)[..., : 4 * width], num_heads)
+        grad_query, grad_key, grad_value, _ = _parts(wide.view(num_lanes, num_tokens, -1)[..., : 4 * width], num_heads)
         grad_forget, grad_write, grad_state = memory_backward_into(
-            *views,
+            query,
+            key,
+            value,
             forget_logit,
             write_logit,
             state,
@@ -97,7 +99,7 @@ class _MemoryCircuit(torch.autograd.Function):
             grad_read.view(read.shape),
             grad_final_state,
             ctx.options.eps,
-            out=tuple(grad_views),
+            out=(grad_query, grad_key, grad_value),
         )
         logit_grads = [grad_forget] if write_logit is None else [grad_forget, grad_write]
         tail = wide[:, 4 * width :].zero_()
