@@ -4,6 +4,7 @@ Besides what torch's fused AdamW does, the launch scales the gradient (by the cl
 all gradients otherwise) and writes the parameter a second time in half precision, for the products of the next step.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -143,9 +144,11 @@ def launch_adamw(
                 )
         rows.append((*addresses, 0 if copy is None else copy.data_ptr(), param.numel()))
     table.note(rows)
-    # In float64: at the first steps a power of beta2 is so near one that float32 leaves three digits of the difference.
+    # 1 - beta^step as -expm1(step log beta): at the first steps the power is so near one that float32 would leave three
+    # digits of the difference.
     count = torch.stack(list(steps)).double()
-    corrections = torch.stack([1.0 - options.beta1**count, 1.0 - options.beta2**count], 1).float()
+    logs = [math.log(beta) if beta > 0.0 else -math.inf for beta in (options.beta1, options.beta2)]
+    corrections = torch.stack([-torch.expm1(count * log) for log in logs], 1).float()
     half = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[next(iter(halves), torch.bfloat16)]
     adamw_kernel[(len(table.blocks),)](
         table.table,
