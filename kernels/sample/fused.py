@@ -56,7 +56,7 @@ def sample_logits_kernel(
         b_logit = tl.dot(b_weight.to(b_hidden.dtype), tl.trans(b_hidden), b_logit, input_precision="ieee")
 
     mask = in_vocabulary[:, None] & in_batch[None, :]
-    plane = num_lanes.to(tl.int64) * num_ids
+    plane = tl.cast(num_lanes, tl.int64) * num_ids
     o_n = o_b.to(tl.int64)[None, :] * num_ids + o_v[:, None]
     tl.store(logits_ptr + o_n, b_logit, mask=mask)
     if PENALTY:
@@ -93,7 +93,7 @@ def sample_draw_kernel(
 ):
     lane = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
-    plane = num_lanes.to(tl.int64) * num_ids
+    plane = tl.cast(num_lanes, tl.int64) * num_ids
     p_raw = logits_ptr + lane * num_ids
     if TOP_K or TOP_P or MIN_P:
         threshold = filter_threshold(p_raw + plane, num_ids, top_k, top_p, log_min_p, TOP_K, TOP_P, MIN_P, BLOCK)

@@ -57,7 +57,7 @@ class FusedAdamW(torch.optim.Optimizer):
             factor = torch.ones((), device=device) if self.grad_factor is None else self.grad_factor
             lr = group["lr"] if isinstance(group["lr"], Tensor) else torch.full((), group["lr"], device=device)
             steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, 1.0 - skip)
+            torch._foreach_add_(steps, [1.0 - skip] * len(steps))  # a list: a single tensor would be read by the host
             launch_adamw(
                 self._table(index, params),
                 params,

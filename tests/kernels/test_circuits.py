@@ -28,28 +28,36 @@ def stores():
 
 
 def compare(run, inputs, *, dtype, device, cast=("h",)):
-    """`run(inputs, backend)` gives outputs by name; inputs named in `cast` are of `dtype`, the others float32."""
-    results = []
-    for backend in ("fused", "reference"):
-        leaves = {}
-        for name, x in inputs.items():
-            kind = torch.float64 if backend == "reference" else dtype if name in cast else torch.float32
-            leaves[name] = x.to(device, kind).requires_grad_()
-        outputs = run(leaves, backend)
-        generator = torch.Generator().manual_seed(3)
-        total = sum(
-            (x.double() * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(device)).sum()
-            for x in outputs.values()
-        )
-        grads = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()))))
-        results.append((outputs, grads))
-    output_tolerance, grad_tolerance = TOLERANCES[dtype]
-    (outputs, grads), (expected, expected_grads) = results
-    for name, exact in expected.items():
-        assert relative_error(outputs[name], exact) < output_tolerance, name
-    for name, exact in expected_grads.items():
-        assert grads[name].dtype == (dtype if name in cast else torch.float32), name
-        assert relative_error(grads[name], exact) < grad_tolerance, f"gradient of {name}"
+    """`run(inputs, backend)` gives outputs by name; inputs named in `cast` are of `dtype`, the others float32.
+
+    Between a half-precision projection and the neurons it drives lies a rounding that moves some of them over a kink of
+    their derivative, whoever computes it. So in half precision the definition is run in it as well, and the fused form
+    may be a quarter further from float64 than the definition is, or within the tolerance.
+    """
+    exact = _evaluate(run, inputs, "reference", torch.float64, torch.float64, device=device, cast=cast)
+    fused = _evaluate(run, inputs, "fused", dtype, torch.float32, device=device, cast=cast)
+    rounded = [{}, {}]
+    if dtype != torch.float32:
+        with torch.autocast(device, dtype):
+            rounded = _evaluate(run, inputs, "reference", dtype, torch.float32, device=device, cast=cast)
+    for tolerance, got, expected, alike in zip(TOLERANCES[dtype], fused, exact, rounded):
+        for name, value in expected.items():
+            limit = max(tolerance, 1.25 * relative_error(alike[name], value)) if alike else tolerance
+            assert relative_error(got[name], value) < limit, name
+    for name, grad in fused[1].items():
+        assert grad.dtype == (dtype if name in cast else torch.float32), name
+
+
+def _evaluate(run, inputs, backend, cast_dtype, dtype, *, device, cast):
+    """Outputs, and gradients of a fixed random combination of them, by name."""
+    leaves = {name: x.to(device, cast_dtype if name in cast else dtype).requires_grad_() for name, x in inputs.items()}
+    outputs = run(leaves, backend)
+    generator = torch.Generator().manual_seed(3)
+    total = sum(
+        (x.double() * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(device)).sum()
+        for x in outputs.values()
+    )
+    return outputs, dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()))))
 
 
 def few_memory_weights(draw):
