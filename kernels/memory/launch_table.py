@@ -1,7 +1,7 @@
 """Block sizes of the memory kernels, by type, head width, rule and the card's shared memory.
 
-Those of the Hebbian rule in bfloat16 with much shared memory are the quickest of about 130 timed on an H100; the others
-are chosen by what the compiler makes of each (registers, spills, shared memory, number of instructions).
+Those in bfloat16 for heads of 64 and 128 with much shared memory are the quickest of about 290 timed on an H100; the
+others are chosen by what the compiler makes of each (registers, spills, shared memory, number of instructions).
 """
 
 from typing import NamedTuple
@@ -50,13 +50,17 @@ def launch_table(dtype: torch.dtype, width: int, *, delta: bool, large_shared: b
 
 
 # The gradient's programs hold 64 tokens in four warps: a product of 64 rows is one instruction of a warp group, and of
-# two groups Triton gives both the same rows. Two programs share a multiprocessor at heads of 128, three at 64.
-# Walks have three stages, since with two Triton loads a chunk after the work on the one before it.
+# two groups Triton gives both the same rows. Two programs share a multiprocessor at heads of 128, three at 64. The delta
+# rule's triangular systems of 64 tokens cost more than what longer chunks save.
 _LARGE = {  # by head width and whether the rule is delta
     (64, False): LaunchTable(64, Launch(64, 4, 3), Launch(64, 4, 3, 128), Launch(64, 4, 3, 128), Launch(64, 4, 1)),
-    (64, True): LaunchTable(64, Launch(64, 4, 3), Launch(64, 4, 3), Launch(64, 4, 3), Launch(64, 4, 1)),
+    (64, True): LaunchTable(
+        32, Launch(64, 4, 2, 168), Launch(64, 4, 2), Launch(64, 4, 2, 168), Launch(64, 4, 1), Launch(16, 2, 1)
+    ),
     (128, False): LaunchTable(64, Launch(128, 8, 2), Launch(128, 8, 3), Launch(128, 8, 3), Launch(128, 4, 1)),
-    (128, True): LaunchTable(64, Launch(128, 8, 3), Launch(128, 8, 3), Launch(128, 8, 3), Launch(128, 4, 1)),
+    (128, True): LaunchTable(
+        32, Launch(128, 8, 2), Launch(128, 8, 2), Launch(128, 8, 2), Launch(128, 4, 1), Launch(16, 2, 1)
+    ),
 }
 _SMALL = {
     (64, False): LaunchTable(32, Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4, 1)),
