@@ -1,6 +1,6 @@
 """What saving checkpoints costs training: the time of every step, with and without a save each `every` steps.
 
-    python scripts/benchmark_saving.py [model=nano,small] [steps=40] [every=5] [repeats=3] [device=auto]
+    python scripts/benchmark_saving.py [model=nano,small] [steps=40] [every=10] [repeats=3] [device=auto]
                                        [lanes=8] [window=32] [out=docs/benchmarks/saving.json]
 
 Runs of scripts/train.py's own loop on Python's standard library, those that save and those that do not taking turns. A
@@ -37,7 +37,7 @@ NUMBERS = ("steps", "every", "repeats", "lanes", "window")
 
 
 def main(arguments: list[str]) -> int:
-    settings: dict[str, Any] = {"model": "nano,small", "steps": 40, "every": 5, "repeats": 3, "lanes": 8, "window": 32}
+    settings: dict[str, Any] = {"model": "nano,small", "steps": 40, "every": 10, "repeats": 3, "lanes": 8, "window": 32}
     settings |= {"device": "auto", "out": "docs/benchmarks/saving.json"}
     try:
         for argument in arguments:
