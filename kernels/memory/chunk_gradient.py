@@ -244,7 +244,7 @@ def memory_gradient_kernel(
     change += along_key
 
     decay_grad = tl.cumsum(change, 0) - change + reads + tl.exp2(coarse_total + fine_total) * carried
-    # A decay below 2^-24 changes no sum in float32: what is found here for its gradient is the rounding of larger numbers.
+    # A decay below 2^-24 changes no float32 sum: what is found here for its gradient is the rounding of larger numbers.
     forget_grad = tl.where(logit < -16.6, 0.0, decay_grad * sigmoid(-logit))
     if HAS_STARTS:
         forget_grad = tl.where(is_start, 0.0, forget_grad)

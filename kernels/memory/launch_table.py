@@ -50,8 +50,8 @@ def launch_table(dtype: torch.dtype, width: int, *, delta: bool, large_shared: b
 
 
 # The gradient's programs hold 64 tokens in four warps: a product of 64 rows is one instruction of a warp group, and of
-# two groups Triton gives both the same rows. Two programs share a multiprocessor at heads of 128, three at 64. The delta
-# rule's triangular systems of 64 tokens cost more than what longer chunks save.
+# two groups Triton gives both the same rows. Two programs share a multiprocessor at heads of 128, three at 64. The
+# delta rule's triangular systems of 64 tokens cost more than what longer chunks save.
 _LARGE = {  # by head width and whether the rule is delta
     (64, False): LaunchTable(64, Launch(64, 4, 3), Launch(64, 4, 3, 128), Launch(64, 4, 3, 128), Launch(64, 4, 1)),
     (64, True): LaunchTable(

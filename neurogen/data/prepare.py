@@ -12,11 +12,12 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -293,8 +294,17 @@ _worker_tokenizer: Tokenizer | None = None
 
 def _start_worker(directory: str) -> None:
     global _worker_tokenizer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism here
     _worker_tokenizer = load_tokenizer(directory)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone: one that was killed tells its workers nothing."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode_in_worker(texts: list[bytes]) -> tuple[np.ndarray, list[int]]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,38 @@ def test_a_kill_at_any_moment_changes_nothing(tmp_path, source, monkeypatch, lon
     prepare_shards(config, killed, progress=rest.append, **kwargs)
     assert len(rest) < len(num_batches)  # shards that were whole were not made again
     assert contents(killed) == expected
+
+
+def test_a_killed_preparation_takes_its_workers_with_it_and_is_carried_on(tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document {i} " + "word " * (i % 90)}) + "\n" for i in range(10000)))
+    words = [f"data.path={path}", "data.split=documents", "shard_tokens=60000", "workers=2", f"out={tmp_path / 'out'}"]
+    command = [sys.executable, str(ROOT / "scripts/prepare_data.py"), *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **silent)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out" / "train-00001.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert (tmp_path / "out" / "train-00001.json").exists()
+
+    def is_running():  # anything of the killed process's group
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    while is_running() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running()
+    config = DataConfig(kind="text", path=str(path), split="documents")
+    prepare_shards(config, tmp_path / "out", shard_tokens=60000)
+    prepare_shards(config, tmp_path / "whole", shard_tokens=60000)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_any_number_of_workers_writes_the_same(tmp_path, source, monkeypatch):

@@ -105,4 +105,7 @@ def test_saving_is_measured_where_it_happens(tmp_path: Path, monkeypatch: pytest
     assert counts == {"never saves": 16, "each 4: saving": 4, "each 4: beside": 8, "each 4: rest": 4}
     assert all(0 < row["p20"] <= row["median"] <= row["p80"] <= row["extra"]["max"] for row in rows.values())
     assert rows["each 4: saving"]["shape"]["checkpoint_bytes"] > 1_000_000
-    assert "share_of_run" in rows["each 4: saving"]["extra"]
+    never, saving, beside = (rows[name]["median"] for name in ("never saves", "each 4: saving", "each 4: beside"))
+    extra = rows["each 4: saving"]["extra"]
+    assert extra["wait_seconds"] == pytest.approx(saving - never)
+    assert extra["seconds_a_save"] == pytest.approx(saving + 2 * beside - 3 * never)

@@ -1,6 +1,10 @@
-"""Damage checkpoints at random: what loads is identical, everything else is refused in one line."""
+"""Damage checkpoints at random: what loads is identical, everything else is refused in one line.
+
+NEUROGEN_FUZZ_EXAMPLES=3000 python -m pytest tests/training/test_checkpoint_fuzz.py    is the long form.
+"""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +28,8 @@ FILES = (
     "state.safetensors",
     "tokenizer/tokenizer.json",
 )
-FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+NUM_EXAMPLES = int(os.environ.get("NEUROGEN_FUZZ_EXAMPLES", "100"))
+FUZZ = settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def original(folder: Path) -> Path:

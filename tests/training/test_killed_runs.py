@@ -39,7 +39,7 @@ def kill_runs(folder: Path, name: str, *, num_kills: int, seed: int) -> dict[str
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NEUROGEN_CACHE": str(folder / "cache")}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, killed_runs.__file__, str(folder), str(seed), name, str(num_kills)]
-    done = subprocess.run([*command, *BASE, *RUNS[name]], env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*command, *BASE, *RUNS[name]], env=environment, capture_output=True, text=True, timeout=290)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -79,21 +79,12 @@ def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(name: str, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_many_more_kills(tmp_path: Path) -> None:
-    points: list[str] = []
-    num_runs = num_resumed = 0
-    for seed in range(2):
-        for name in RUNS:
-            folder = tmp_path / f"{name}-{seed}"
-            folder.mkdir()
-            report = kill_runs(folder, name, num_kills=8, seed=1000 + seed)
-            assert_untouched(folder, name, num_runs=report["runs"])
-            points += report["points"]
-            num_runs += report["runs"]
-            num_resumed += report["resumed"]
-    print(
-        f"{len(points)} kills of {num_runs} runs at {len(set(points))} different points, {num_resumed} starts resumed"
-    )
-    assert len(points) == 96
-    assert len(set(points)) >= 20, points
+@pytest.mark.parametrize("seed", [1000, 1001])
+@pytest.mark.parametrize("name", RUNS)
+def test_many_more_kills(name: str, seed: int, tmp_path: Path) -> None:
+    report = kill_runs(tmp_path, name, num_kills=8, seed=seed)
+    assert_untouched(tmp_path, name, num_runs=report["runs"])
+    points = report["points"]
+    assert len(points) == 8
+    assert len(set(points)) >= 3, points
+    print(f"{name} {seed}: 8 kills of {report['runs']} runs, {report['resumed']} starts resumed; {sorted(set(points))}")
