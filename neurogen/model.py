@@ -113,7 +113,11 @@ class NeuroGen(nn.Module):
         if self.config.homeostasis and out.activity and torch.is_grad_enabled():
             biases = {name: layer.drive_bias for name, layer in self.brain.cortex_layers().items()}
             pull = homeostatic_loss(
-                out.activity, biases, strength=self.config.homeostasis, target=self.config.firing_rate
+                out.activity,
+                biases,
+                decoded.num_targets,
+                strength=self.config.homeostasis,
+                target=self.config.firing_rate,
             )
             loss = loss + pull.to(loss.dtype)
         return Output(None, loss, decoded.num_correct, decoded.num_targets, out.state, health)

@@ -10,18 +10,29 @@ from torch import Tensor
 from neurogen.brain.regions import Activity
 
 
-def homeostatic_pull(activity: Activity, *, strength: float, target: float) -> Tensor:
-    """strength (rate_j - target), `[D]` float64: what is added to the gradient of each neuron's drive bias.
+def homeostatic_pull(activity: Activity, num_targets: Tensor, *, strength: float, target: float) -> Tensor:
+    """strength sum_t (s_jt > 0 - target) / num_targets, `[D]` float64: what is added to the gradient of each neuron's
+    drive bias.
 
-    rate_j is the share of the sequence's lane-tokens at which neuron j fired; descent along the pull lowers the bias of
-    neurons above the target and raises it below, silent ones included, which no gradient of the loss may reach.
+    The sum is over the sequence's lane-tokens. Where each has a target to predict it is strength (rate_j - target). It
+    is divided as the mean loss is, so that the parts of a batch weighted by their targets add up to the whole, less
+    parts without a target, from which nothing is learnt. Descent along the pull lowers the bias of neurons above the
+    target and raises it below, silent ones included, which no gradient of the loss may reach.
+
+    Arguments:
+        num_targets: 0-dimensional, on the device.
     """
-    rate = activity.num_fired.double() / max(activity.num_tokens, 1)
-    return strength * (rate - target)
+    excess = activity.num_fired.double() - target * activity.num_tokens
+    return strength * excess / num_targets.clamp_min(1)
 
 
 def homeostatic_loss(
-    activity: Mapping[str, Activity], biases: Mapping[str, Tensor], *, strength: float, target: float
+    activity: Mapping[str, Activity],
+    biases: Mapping[str, Tensor],
+    num_targets: Tensor,
+    *,
+    strength: float,
+    target: float,
 ) -> Tensor:
     """A number that is zero and whose gradient at each layer's bias is the layer's pull, so that it is scaled, averaged
     over parts and processes, clipped and applied as the loss's own gradient is.
@@ -29,10 +40,11 @@ def homeostatic_loss(
     Arguments:
         activity: of each cortex layer in this sequence, with at least one layer.
         biases: each layer's drive bias, `[D]`.
+        num_targets: 0-dimensional, on the device.
     """
     terms = []
     for name, layer in activity.items():
         bias = biases[name]
-        pull = homeostatic_pull(layer, strength=strength, target=target).to(bias.dtype)
+        pull = homeostatic_pull(layer, num_targets, strength=strength, target=target).to(bias.dtype)
         terms.append((pull * (bias - bias.detach())).sum())
     return torch.stack(terms).sum()

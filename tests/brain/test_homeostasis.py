@@ -24,10 +24,12 @@ def gradients(model: NeuroGen, ids: torch.Tensor) -> tuple[float, dict[str, torc
 
 def test_the_pull_is_by_how_much_a_neuron_misses_the_target() -> None:
     activity = Activity(torch.tensor([0, 2, 10], dtype=torch.int32), torch.zeros(3, dtype=torch.int32), 10)
-    pull = homeostatic_pull(activity, strength=3.0, target=0.2)
+    every, half = torch.tensor(10), torch.tensor(5)
+    pull = homeostatic_pull(activity, every, strength=3.0, target=0.2)
     torch.testing.assert_close(pull, torch.tensor([-0.6, 0.0, 2.4], dtype=torch.float64))
+    torch.testing.assert_close(homeostatic_pull(activity, half, strength=3.0, target=0.2), 2 * pull)
     bias = torch.randn(3, requires_grad=True)
-    loss = homeostatic_loss({"a": activity}, {"a": bias}, strength=3.0, target=0.2)
+    loss = homeostatic_loss({"a": activity}, {"a": bias}, every, strength=3.0, target=0.2)
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert bias.grad is not None
