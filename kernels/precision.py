@@ -1,6 +1,7 @@
 """Arithmetic types: the references compute in float32, or in float64 when given float64."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -22,3 +23,9 @@ def rms_normalize(x: Tensor, eps: float) -> Tensor:
 def l2_normalize(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(sum(x^2) + eps) over the last dimension."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+def full_precision_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A small projection kept out of autocast, for quantities whose rounding would be felt over thousands of tokens."""
+    with no_autocast(x):
+        return F.linear(x.to(weight.dtype), weight, bias)

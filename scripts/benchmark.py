@@ -55,6 +55,7 @@ def main(config: BenchmarkConfig) -> None:
             extra=case.extra,
             cold=case.cold,
             min_rounds=case.min_rounds,
+            record=case.record,
         )
         write_rows(output, rows)
         for row in rows:

@@ -6,7 +6,8 @@
 
 loss is in nats a token, bpb in bits a byte of text; `reset_...` gives every window a new state, so the gap to the
 values without it is what memory across windows is worth. `context_N_bpb` reads on for N tokens, window by window, and
-then starts from a new state. A GPT sees its window alone, so it has `contexts` of that length and no other.
+then starts from a new state. A GPT sees its window alone, so it has `contexts` of that length and no other. A text
+that has no more validation tokens than one window of the training had is refused.
 """
 
 import json
@@ -33,6 +34,14 @@ def main(config: EvaluateConfig) -> None:
         raise UserError(
             f"data: its text has changed and gives another vocabulary than {trained.path}; name a text with data=text"
         )
+    window = trained.config.data.window
+    if len(corpus.validation) <= window:
+        raise UserError(
+            f"data: its validation part has {len(corpus.validation)} tokens, no more than one window of {window} that "
+            "the checkpoint was trained with; give more text, or raise data.validation_fraction"
+        )
+    if corpus.left_out:
+        print(corpus.left_out, file=sys.stderr)
     results: dict[str, object] = {
         "checkpoint": str(trained.path),
         "step": trained.step,

@@ -27,6 +27,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from neurogen.data import DataConfig
+from neurogen.data.corpus import left_out
 from neurogen.data.prepare import Progress, prepare_shards
 from neurogen.data.sources import find_sources
 from neurogen.errors import UserError
@@ -48,14 +49,17 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command carries on after the last whole shard", file=sys.stderr)
         return 130
+    except OSError as error:
+        reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        print(f"error: {reason}; then the same command carries on after the last whole shard", file=sys.stderr)
+        return 2
     num_shards = sum(len(entries) for entries in manifest["shards"].values())
     tokens, documents = manifest["num_tokens"], manifest["num_documents"]
     print(f"{own['out']}: {num_shards} shards")
     for part in tokens:
         print(f"  {part}: {tokens[part]:,} tokens, {documents[part]:,} documents")
-    skipped = {key: count for key, count in manifest["counts"].items() if key.startswith(("skipped", "replaced"))}
-    if skipped:
-        print("  " + ", ".join(f"{key} {count:,}" for key, count in skipped.items()))
+    if skipped := left_out(manifest["counts"]):
+        print(f"  {skipped}")
     return 0
 
 

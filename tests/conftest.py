@@ -2,7 +2,7 @@
 model with weights that make every path matter."""
 
 import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +20,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _leave_room_on_the_gpu() -> Iterator[None]:
+    """Tests run in several processes share one GPU: what one has freed, the next of another process can have."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")

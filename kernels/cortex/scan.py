@@ -200,6 +200,8 @@ def cortex_backward_kernel(
     D,
     grad_stride_b,
     grad_stride_t,
+    grad_drive_stride_b,
+    grad_drive_stride_t,
     start_stride_b,
     start_stride_t,
     C: tl.constexpr,
@@ -220,6 +222,8 @@ def cortex_backward_kernel(
     state_offset = lane.to(tl.int64) * D + first_neuron + neuron
     token_offset = (lane.to(tl.int64) + 1) * T * D + first_neuron + neuron
     grad_offset = lane.to(tl.int64) * grad_stride_b + (T - 1).to(tl.int64) * grad_stride_t + first_neuron + neuron
+    grad_drive_offset = lane.to(tl.int64) * grad_drive_stride_b + first_neuron + neuron
+    grad_drive += (T - 1).to(tl.int64) * grad_drive_stride_t
     start_offset = lanes.to(tl.int64) * start_stride_b + (T - 1).to(tl.int64) * start_stride_t
 
     alpha = tl.load(decay + first_neuron + c)[:, None]
@@ -241,7 +245,6 @@ def cortex_backward_kernel(
     to_adaptation = tl.zeros((C, L), tl.float32)  # of that sum, to the adaptation of the next token
 
     excess -= D
-    grad_drive -= D
     u0 = tl.load(excess + token_offset, mask=exists, other=0.0)
     excess -= D
     u1 = tl.load(excess + token_offset, mask=exists & (T > 1), other=0.0)
@@ -297,8 +300,8 @@ def cortex_backward_kernel(
             f1 = f2
             document_start -= start_stride_t
             f2 = tl.load(document_start + start_offset, mask=inside & (t + 3 < T), other=0)
-        tl.store(grad_drive + token_offset, to_memory(dx, L, C), mask=exists)
-        grad_drive -= D
+        tl.store(grad_drive + grad_drive_offset, to_memory(dx, L, C), mask=exists)
+        grad_drive -= grad_drive_stride_t
         t += 1
     tl.store(grad_initial_voltage + state_offset, to_memory(next_v, L, C), mask=exists)
     tl.store(grad_initial_adaptation + state_offset, to_memory(next_a, L, C), mask=exists)

@@ -2,31 +2,32 @@
 
 The gradient of the mean loss is known up to its upstream factor as soon as the logits are, so loss and gradients are
 made together and the logits are computed once: 6 N V D operations, where recomputing logits in the backward pass
-would need 8. Rows are taken in chunks. For each, torch makes the logits, one launch replaces them by
-the gradient, and two products carry that into hidden states and weight; the backward pass multiplies by the upstream
+would need 8. Rows are taken in chunks. For each, a product makes the logits, a pass over them replaces them by the
+gradient, and two products carry that into hidden states and weight; the backward pass multiplies by the upstream
 factor. At V = 50257, D = 1536 in bfloat16 a chunk of 2048 rows is 0.95 TFLOP of products against 0.6 GB of passes over
 its logits, so the products decide.
 
-A row of logits is padded to a multiple of 64: products are slow when rows of a result do not start on 16 bytes.
+A large vocabulary in bfloat16 on a Hopper GPU takes one launch for all of it (`kernels.decode.one_launch`); everything
+else takes torch's products and one launch a chunk between them. A row of logits is padded to a multiple of 64, and so
+are the rows of a rounded weight: products are slow when the rows of a matrix do not start on 16 bytes.
 """
 
 import kernels.launch  # noqa: F401, I001  before triton: it chooses the interpreter
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
 from kernels.decode.reference import IGNORE_INDEX, DecodeOutput
 from kernels.decode.rows import PITCH_MULTIPLE, launch_rows, scale_
 from kernels.launch import INTERPRETED, check_launchable
+from kernels.linear import RoundedWeights, add_product
 
 LOGITS_BYTES = 208 * 2**20  # most that a chunk's logits may take: 2048 rows at V = 50257 in bfloat16
-WORKING_BYTES = 256 * 2**20  # and together with a rounded copy of the weight
+WORKING_BYTES = 256 * 2**20  # and together with a copy of the weight rounded for this call alone
 _CHUNK_MULTIPLE = 128
-# Whether training on a Hopper GPU takes `kernels.decode.one_launch` instead of torch's products.
-ONE_LAUNCH = False
-# Before torch 2.10 products of half-precision matrices cannot be added to a float32 matrix in one call; there, each
-# chunk's product is rounded to the matrices' type before it is added.
-_ADDS_TO_FLOAT32 = TorchVersion(torch.__version__) >= "2.10"
+# Whether `kernels.decode.one_launch` is used: None where it is quicker, or a test's choice.
+ONE_LAUNCH: bool | None = None
+_WEIGHT_TILE = (128, 256)  # rows and columns of the weight's gradient that a program of it makes
 
 
 def chunk_rows(num_rows: int, row_bytes: int, weight_copy_bytes: int = 0) -> int:
@@ -41,12 +42,18 @@ def chunk_rows(num_rows: int, row_bytes: int, weight_copy_bytes: int = 0) -> int
 def decode_forward(
     hidden: Tensor,
     weight: Tensor,
+    rounded: Tensor,
     target_ids: Tensor,
     ignore_index: int,
     hidden_needs_grad: bool,
     weight_needs_grad: bool,
+    weight_copy_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, hits and number of targets, and the gradients of the loss `[N, D]` and `[V, D]` (empty unless needed)."""
+    """Loss, hits and number of targets, and the gradients of the loss `[N, D]` and `[V, D]` (empty unless needed).
+
+    rounded: the weight in hidden's type, with V rows or as many as a row of logits is padded to, the rest zero.
+    weight_copy_bytes: what it takes from the working memory.
+    """
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
     num_targets = (target_ids != ignore_index).sum()
     loss_rows = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
@@ -57,17 +64,15 @@ def decode_forward(
         return loss_rows.sum(), correct_rows.sum(), num_targets, grad_hidden, grad_weight.zero_()
 
     hidden, target_ids = hidden.contiguous(), target_ids.contiguous()
-    rounded = weight.to(hidden.dtype)
-    copy_bytes = 0 if rounded is weight else rounded.nbytes
     pitch = -(-vocab_size // PITCH_MULTIPLE) * PITCH_MULTIPLE
-    rows_at_a_time = chunk_rows(num_rows, pitch * hidden.element_size(), copy_bytes)
+    rows_at_a_time = chunk_rows(num_rows, pitch * hidden.element_size(), weight_copy_bytes)
     buffer = torch.empty(rows_at_a_time, pitch, dtype=hidden.dtype, device=hidden.device)
-    if hidden_needs_grad and weight_needs_grad and _runs_in_one_launch(hidden):
+    if hidden_needs_grad and weight_needs_grad and _runs_in_one_launch(hidden, vocab_size):
         from kernels.decode.one_launch import launch_whole  # needs Triton 3.4
 
         launch_whole(
             hidden,
-            rounded.contiguous(),
+            rounded[:vocab_size].contiguous(),
             target_ids,
             num_targets,
             buffer,
@@ -82,7 +87,7 @@ def decode_forward(
     for first in range(0, num_rows, rows_at_a_time):
         rows = slice(first, min(first + rows_at_a_time, num_rows))
         padded = buffer[: rows.stop - first]
-        logits = padded[:, :vocab_size]
+        logits = padded[:, : rounded.shape[0]]
         torch.mm(hidden[rows], rounded.t(), out=logits)
         launch_rows(
             padded,
@@ -97,35 +102,29 @@ def decode_forward(
         if hidden_needs_grad:
             torch.mm(logits, rounded, out=grad_hidden[rows])
         if weight_needs_grad:
-            _add_product(grad_weight, logits.t(), hidden[rows], is_first=first == 0)
+            add_product(grad_weight, padded[:, :vocab_size].t(), hidden[rows], is_first=first == 0)
     loss = loss_rows.sum() / num_targets.clamp_min(1)
     return loss, correct_rows.sum(), num_targets, grad_hidden, grad_weight
 
 
-def _runs_in_one_launch(hidden: Tensor) -> bool:
-    aligned = hidden.shape[1] * hidden.element_size() % 16 == 0
-    if INTERPRETED:
+def _runs_in_one_launch(hidden: Tensor, vocab_size: int) -> bool:
+    width = hidden.shape[1]
+    aligned = width * hidden.element_size() % 16 == 0
+    if ONE_LAUNCH is not None and (INTERPRETED or not ONE_LAUNCH):
         return ONE_LAUNCH and aligned
-    on_tensor_cores = hidden.dtype == torch.bfloat16 and torch.cuda.get_device_capability(hidden.device)[0] == 9
-    return ONE_LAUNCH and aligned and on_tensor_cores
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
-    """total += a b, or total = a b at first; summed and stored in total's type."""
-    if total.dtype == a.dtype:
-        torch.mm(a, b, out=total) if is_first else total.addmm_(a, b)
-    elif a.device.type == "cuda" and _ADDS_TO_FLOAT32:
-        if is_first:
-            torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
-        else:
-            torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
-    else:
-        product = torch.mm(a, b)
-        total.copy_(product) if is_first else total.add_(product)
+    if INTERPRETED or hidden.dtype != torch.bfloat16:
+        return False
+    properties = torch.cuda.get_device_properties(hidden.device)
+    # The weight's gradient has a program a tile, which sums over all rows: too few of them leave the GPU idle.
+    num_tiles = -(-vocab_size // _WEIGHT_TILE[0]) * -(-width // _WEIGHT_TILE[1])
+    fills = ONE_LAUNCH or num_tiles >= properties.multi_processor_count
+    return aligned and properties.major == 9 and fills
 
 
 @decode_forward.register_fake
-def _(hidden, weight, target_ids, ignore_index, hidden_needs_grad, weight_needs_grad):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    hidden, weight, rounded, target_ids, ignore_index, hidden_needs_grad, weight_needs_grad, weight_copy_bytes
+):
     return (
         hidden.new_empty((), dtype=torch.float32),
         target_ids.new_empty(()),
@@ -139,7 +138,7 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     _, _, num_targets, grad_hidden, grad_weight = output
     ctx.mark_non_differentiable(output[1], num_targets, grad_hidden, grad_weight)
     ctx.save_for_backward(grad_hidden, grad_weight)
-    ctx.hidden_needs_grad, ctx.weight_needs_grad = inputs[4], inputs[5]
+    ctx.hidden_needs_grad, ctx.weight_needs_grad = inputs[5], inputs[6]
 
 
 def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
@@ -152,10 +151,7 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     return (
         grad_hidden if ctx.hidden_needs_grad else None,
         grad_weight if ctx.weight_needs_grad else None,
-        None,
-        None,
-        None,
-        None,
+        *(None,) * 6,
     )
 
 
@@ -163,14 +159,20 @@ decode_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 def decode_fused(
-    hidden: Tensor, weight: Tensor, target_ids: Tensor, *, ignore_index: int = IGNORE_INDEX
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    rounded: RoundedWeights | None = None,
 ) -> DecodeOutput:
     """`decode_reference` without logits of all tokens at a time; arguments and results as there.
 
     The gradients are made with the loss and handed out by the backward pass, so a loss can be differentiated once.
     Products are in hidden's type with float32 sums; a weight of another type is rounded to it, and its gradient is
-    summed in its own. A bfloat16 weight's gradient is rounded once a chunk of rows: for many tokens keep the weight in
-    float32. float32 products follow `torch.backends.cuda.matmul`, where TF32 is off by default.
+    summed in its own. `rounded` keeps the rounded weight from one step to the next; without it, it is made anew and
+    takes its part of the working memory. A bfloat16 weight's gradient is rounded once a chunk of rows: for many tokens
+    keep the weight in float32. float32 products follow `torch.backends.cuda.matmul`, where TF32 is off by default.
 
     A target outside `[0, V)` other than `ignore_index`, which the reference rejects, makes loss and gradients NaN: a
     launch cannot raise without a synchronisation.
@@ -182,12 +184,22 @@ def decode_fused(
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     recorded = torch.is_grad_enabled()
+    copy_bytes = 0
+    if weight.dtype == hidden.dtype:
+        weight_copy = weight.detach()
+    elif rounded is not None:
+        weight_copy = rounded.get([weight], hidden.dtype, rows_multiple=PITCH_MULTIPLE)
+    else:
+        weight_copy = F.pad(weight.detach().to(hidden.dtype), (0, 0, 0, -weight.shape[0] % PITCH_MULTIPLE))
+        copy_bytes = weight_copy.numel() * weight_copy.element_size()
     loss, num_correct, num_targets, _, _ = decode_forward(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
+        weight_copy,
         target_ids.reshape(-1),
         ignore_index,
         recorded and hidden.requires_grad,
         recorded and weight.requires_grad,
+        copy_bytes,
     )
     return DecodeOutput(loss, num_correct, num_targets)

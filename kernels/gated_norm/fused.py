@@ -76,12 +76,13 @@ def gated_norm_backward_kernel(
     scale_ptr,
     y_grad_ptr,
     x_grad_ptr,  # contiguous
-    gate_grad_ptr,  # contiguous
+    gate_grad_ptr,
     scale_grad_ptr,  # contiguous
     x_stride,
     gate_stride,
     scale_stride,
     y_grad_stride,
+    gate_grad_stride,
     num_groups,
     groups_per_row,
     eps,
@@ -115,7 +116,8 @@ def gated_norm_backward_kernel(
     gate_grad = y_grad * normed * opening * (1.0 + gate * (1.0 - opening))
     offsets = i_group[:, None] * GROUP + channel[None, :]
     tl.store(x_grad_ptr + offsets, x_grad.to(x_grad_ptr.dtype.element_ty), mask=mask)
-    tl.store(gate_grad_ptr + offsets, gate_grad.to(gate_grad_ptr.dtype.element_ty), mask=mask)
+    gate_offsets = row[:, None] * gate_grad_stride + column
+    tl.store(gate_grad_ptr + gate_offsets, gate_grad.to(gate_grad_ptr.dtype.element_ty), mask=mask)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -129,8 +131,7 @@ def _blocks(x: Tensor, group_size: int) -> dict[str, int]:
     return {"GROUP": group_size, "PADDED": padded, "NUM": max(1, BLOCK // padded), "num_warps": NUM_WARPS}
 
 
-@torch.library.custom_op("neurogen::gated_norm_forward", mutates_args=())
-def gated_norm_forward(x: Tensor, gate: Tensor, scale: Tensor | None, group_size: int, eps: float) -> Tensor:
+def launch_forward(x: Tensor, gate: Tensor, scale: Tensor | None, group_size: int, eps: float) -> Tensor:
     """y `[..., D]`, contiguous, in x's type."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x_rows, gate_rows = _rows(x), _rows(gate)
@@ -154,18 +155,18 @@ def gated_norm_forward(x: Tensor, gate: Tensor, scale: Tensor | None, group_size
     return y
 
 
-@gated_norm_forward.register_fake
-def _(x, gate, scale, group_size, eps):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-@torch.library.custom_op("neurogen::gated_norm_backward", mutates_args=())
-def gated_norm_backward(
-    x: Tensor, gate: Tensor, scale: Tensor | None, y_grad: Tensor, group_size: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, gate and scale (empty without one), contiguous."""
+def launch_backward(
+    x: Tensor,
+    gate: Tensor,
+    scale: Tensor | None,
+    y_grad: Tensor,
+    gate_grad: Tensor,
+    group_size: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and scale (empty without one), contiguous; that of the gate is written to `gate_grad`, `[rows, D]`
+    with a contiguous last dimension, which may be a part of wider rows."""
     x_grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    gate_grad = torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
     scale_grad = x.new_empty(0) if scale is None else torch.empty(scale.shape, dtype=scale.dtype, device=x.device)
     x_rows, gate_rows, y_grad_rows = _rows(x), _rows(gate), _rows(y_grad)
     scale_rows = x.new_empty(0, 0) if scale is None else _rows(scale)
@@ -183,12 +184,34 @@ def gated_norm_backward(
         gate_rows.stride(0),
         scale_rows.stride(0),
         y_grad_rows.stride(0),
+        gate_grad.stride(0),
         num_groups,
         x.shape[-1] // group_size,
         eps,
         HAS_SCALE=scale is not None,
         **blocks,
     )
+    return x_grad, scale_grad
+
+
+@torch.library.custom_op("neurogen::gated_norm_forward", mutates_args=())
+def gated_norm_forward(x: Tensor, gate: Tensor, scale: Tensor | None, group_size: int, eps: float) -> Tensor:
+    """y `[..., D]`, contiguous, in x's type."""
+    return launch_forward(x, gate, scale, group_size, eps)
+
+
+@gated_norm_forward.register_fake
+def _(x, gate, scale, group_size, eps):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("neurogen::gated_norm_backward", mutates_args=())
+def gated_norm_backward(
+    x: Tensor, gate: Tensor, scale: Tensor | None, y_grad: Tensor, group_size: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, gate and scale (empty without one), contiguous."""
+    gate_grad = torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
+    x_grad, scale_grad = launch_backward(x, gate, scale, y_grad, gate_grad.view(-1, gate.shape[-1]), group_size, eps)
     return x_grad, gate_grad, scale_grad
 
 

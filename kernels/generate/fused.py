@@ -10,7 +10,9 @@ import kernels.launch  # noqa: F401  first: it chooses the interpreter
 from kernels.generate.kernel import generate_kernel
 from kernels.generate.layout import BrainShape, GenerateOutput, PackedBrain, PackedState
 from kernels.generate.limits import check_shape
-from kernels.generate.tiles import choose_tiles
+from kernels.generate.stream import stream_table
+from kernels.generate.stream_kernel import stream_kernel
+from kernels.generate.tiles import MAX_STREAM_LANES, StreamTiles, choose_stream, choose_tiles
 from kernels.launch import INTERPRETED, check_launchable
 from kernels.sample import Sampling
 
@@ -32,7 +34,9 @@ def generate_fused(
     shape, num_lanes, device = brain.shape, token_ids.shape[0], token_ids.device
     check_shape(shape, num_lanes)
     num_programs = 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
-    tiles = choose_tiles(shape, num_lanes, brain.matrices.dtype, num_programs)
+    is_stream = num_lanes <= MAX_STREAM_LANES
+    choose = choose_stream if is_stream else choose_tiles
+    tiles = choose(shape, num_lanes, brain.matrices.dtype, num_programs)
     greedy = sampling.temperature == 0
     filters = {
         "TOP_K": 0 < sampling.top_k < shape.vocab_size,
@@ -49,10 +53,16 @@ def generate_fused(
     log_probs = torch.zeros(num_lanes, max_new_tokens, device=device)
     lengths = torch.zeros(num_lanes, dtype=torch.int32, device=device)
     seen_bytes = seen.to(torch.int8) if penalty and seen is not None else lengths
-    scratch = _scratch(shape, num_lanes, num_programs, any(filters.values()) and not greedy, device)
+    filtered = any(filters.values()) and not greedy
+    if isinstance(tiles, StreamTiles):
+        table = stream_table(shape, num_programs, tiles.R, tiles.NB * tiles.KS, device)
+        scratch = _stream_scratch(shape, tiles, num_lanes, num_programs, filtered, brain.matrices)
+    else:
+        scratch = _scratch(shape, num_lanes, num_programs, filtered, device)
     low, high = (_signed(seed & 0xFFFFFFFF), _signed((seed >> 32) & 0xFFFFFFFF))
 
-    generate_kernel[(num_programs,)](
+    kernel = stream_kernel if is_stream else generate_kernel
+    kernel[(num_programs,)](
         brain.embedding,
         brain.decoder,
         brain.matrices,
@@ -67,7 +77,8 @@ def generate_fused(
         cortex,
         fast_weight,
         *scratch,
-        torch.zeros(1, dtype=torch.int64, device=device),
+        torch.zeros(1, dtype=torch.int32 if is_stream else torch.int64, device=device),
+        *([table] if is_stream else []),
         num_lanes,
         shape.num_wernicke,
         shape.num_memory,
@@ -82,6 +93,7 @@ def generate_fused(
         sampling.top_p,
         math.log(sampling.min_p) if sampling.min_p > 0 else 0.0,
         sampling.top_k,
+        *([table.shape[1], 0] if is_stream else []),
         D=shape.width,
         C=shape.column_width,
         N=shape.head_width,
@@ -132,3 +144,23 @@ def _scratch(
     candidate_id = torch.empty(num_programs * num_lanes, dtype=torch.int32, device=device)
     logits = torch.empty(3 * num_lanes * shape.vocab_size if filtered else 1, device=device)
     return [*floats, candidate_id, logits]
+
+
+def _stream_scratch(
+    shape: BrainShape, tiles: StreamTiles, num_lanes: int, num_programs: int, filtered: bool, like: Tensor
+) -> list[Tensor]:
+    """The same for the kernel of few lanes."""
+    lanes, columns = num_lanes, num_lanes * (2 if tiles.SPLIT else 1)
+    return [
+        like.new_empty(lanes * shape.width, dtype=torch.float32),
+        like.new_empty(columns * shape.width),
+        like.new_empty(columns * shape.width),
+        like.new_empty(columns * shape.mlp_width),
+        like.new_empty(lanes * shape.width * 4, dtype=torch.float32),
+        like.new_empty(lanes * shape.width, dtype=torch.float32),
+        like.new_empty(num_programs * tiles.LN, dtype=torch.float32),
+        like.new_empty(lanes * shape.num_columns, dtype=torch.float32),
+        like.new_empty(num_programs * lanes * 4, dtype=torch.float32),
+        like.new_empty(num_programs * lanes, dtype=torch.int32),
+        like.new_empty((3 if filtered else 1) * lanes * shape.vocab_size, dtype=torch.float32),
+    ]

@@ -29,17 +29,25 @@ def log2_sigmoid(x):
 
 
 @triton.jit
-def chunk_decay(logit_ptr, logit_stride, start_ptr, start_stride, offsets, is_token, HAS_STARTS: tl.constexpr):
+def load_forgetting(logit_ptr, logit_stride, start_ptr, start_stride, offsets, is_token, HAS_STARTS: tl.constexpr):
+    """The forget logits of a chunk in float32, and whether each token starts a document (unused without starts)."""
+    logit = tl.load(logit_ptr + offsets * logit_stride, mask=is_token, other=0.0).to(tl.float32)
+    is_start = is_token
+    if HAS_STARTS:
+        is_start = tl.load(start_ptr + offsets * start_stride, mask=is_token, other=0) != 0
+    return logit, is_start
+
+
+@triton.jit
+def chunk_decay(logit, is_start, is_token, HAS_STARTS: tl.constexpr):
     """Running sums of log2 decay over a chunk, as a coarse and a fine part, and their totals.
 
     The coarse part holds multiples of 1/64, which float32 adds exactly, so the decay between two tokens is exact to
     rounding however much was forgotten before them. A document's start is a decay of 2^-1000: zero in float32.
     """
-    logit = tl.load(logit_ptr + offsets * logit_stride, mask=is_token, other=0.0).to(tl.float32)
     log_decay = tl.maximum(log2_sigmoid(logit), -1000.0)
     log_decay = tl.where(is_token, log_decay, 0.0)
     if HAS_STARTS:
-        is_start = tl.load(start_ptr + offsets * start_stride, mask=is_token, other=0) != 0
         log_decay = tl.where(is_start, -1000.0, log_decay)
     coarse = tl.floor(log_decay * 64.0) * 0.015625
     fine = log_decay - coarse
@@ -66,20 +74,15 @@ def load_transposed(ptr, row_stride, rows, columns, is_token):
 
 
 @triton.jit
-def normalized_silu(x, eps):
-    """l2norm(silu(x)) over the last dimension, in x's type."""
+def silu_and_norm(x, eps):
+    """silu(x) `[L, N]` and one over its l2norm `[L]`, in float32."""
     raw = x.to(tl.float32)
     activity = raw * sigmoid(raw)
-    return (activity * tl.rsqrt(tl.sum(activity * activity, 1) + eps)[:, None]).to(x.dtype)
+    return activity, tl.rsqrt(tl.sum(activity * activity, 1) + eps)
 
 
 @triton.jit
-def normalized_silu_gradient(x, gradient, eps):
-    """The gradient of x from that of l2norm(silu(x)), in float32."""
-    raw = x.to(tl.float32)
-    gate = sigmoid(raw)
-    activity = raw * gate
-    inverse_norm = tl.rsqrt(tl.sum(activity * activity, 1) + eps)[:, None]
-    unit = activity * inverse_norm
-    along = tl.sum(unit * gradient, 1)[:, None]
-    return inverse_norm * (gradient - along * unit) * gate * (1.0 + raw * (1.0 - gate))
+def normalized_silu(x, eps):
+    """l2norm(silu(x)) over the last dimension, in x's type."""
+    activity, inverse_norm = silu_and_norm(x, eps)
+    return (activity * inverse_norm[:, None]).to(x.dtype)

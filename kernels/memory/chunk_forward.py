@@ -5,7 +5,14 @@ import triton
 import triton.language as tl
 
 from kernels.activation import sigmoid
-from kernels.memory.chunk import chunk_decay, decay_between, load_tile, load_transposed, normalized_silu
+from kernels.memory.chunk import (
+    chunk_decay,
+    decay_between,
+    load_forgetting,
+    load_tile,
+    load_transposed,
+    normalized_silu,
+)
 
 
 @triton.jit
@@ -57,7 +64,10 @@ def triangular_inverse_kernel(
     write = sigmoid(tl.load(write_ptr + rows * write_stride_t, mask=is_token, other=0.0).to(tl.float32))
     forget_ptr += i_b * forget_stride_b + i_h * forget_stride_h + first * forget_stride_t
     start_ptr += i_b * start_stride_b + first * start_stride_t
-    coarse, fine, _, _ = chunk_decay(forget_ptr, forget_stride_t, start_ptr, start_stride_t, rows, is_token, HAS_STARTS)
+    logit, is_start = load_forgetting(
+        forget_ptr, forget_stride_t, start_ptr, start_stride_t, rows, is_token, HAS_STARTS
+    )
+    coarse, fine, _, _ = chunk_decay(logit, is_start, is_token, HAS_STARTS)
     between = decay_between(coarse, fine, rows[:, None] > rows[None, :])
     overlap = tl.dot(key, tl.trans(key), input_precision="ieee") * between * write[:, None]
 
@@ -151,16 +161,21 @@ def memory_forward_kernel(
     writes_ptr += (i_b * num_tokens * num_heads + i_h) * WIDTH
 
     state = tl.load(state_ptr + i_bh * WIDTH * WIDTH + state_offsets)
+    # Logits are loaded a chunk ahead: the compiler does so for tiles only.
+    logit, is_start = load_forgetting(
+        forget_ptr, forget_stride_t, start_ptr, start_stride_t, rows, rows < num_tokens, HAS_STARTS
+    )
     for i_chunk in range(num_chunks):
         first = tl.cast(i_chunk, tl.int64) * LENGTH
         is_token = rows < num_tokens - i_chunk * LENGTH
-        coarse, fine, coarse_total, fine_total = chunk_decay(
-            forget_ptr + first * forget_stride_t,
+        coarse, fine, coarse_total, fine_total = chunk_decay(logit, is_start, is_token, HAS_STARTS)
+        logit, is_start = load_forgetting(
+            forget_ptr + (first + LENGTH) * forget_stride_t,
             forget_stride_t,
-            start_ptr + first * start_stride_t,
+            start_ptr + (first + LENGTH) * start_stride_t,
             start_stride_t,
             rows,
-            is_token,
+            rows < num_tokens - (i_chunk + 1) * LENGTH,
             HAS_STARTS,
         )
         from_start = tl.exp2(coarse + fine)

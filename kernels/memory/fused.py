@@ -12,8 +12,7 @@ import triton
 from torch import Tensor
 
 from kernels.launch import INTERPRETED, check_launchable
-from kernels.memory.chunk_backward import memory_gradient_kernel, memory_state_gradient_kernel
-from kernels.memory.chunk_forward import memory_forward_kernel, triangular_inverse_kernel
+from kernels.memory.call import Call, row_readable
 from kernels.memory.launch_table import LaunchTable, launch_table
 from kernels.memory.reference import RULES
 
@@ -76,7 +75,7 @@ def memory_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, final state, and the delta rule's inverses `[B * H, num_chunks, L, L]` (empty for the Hebbian rule)."""
     table = _table(value, write_logit)
-    call = _Call(query, key, value, forget_logit, write_logit, document_start, eps, table)
+    call = Call(query, key, value, forget_logit, write_logit, document_start, eps, table)
     inverse = call.inverse()
     output = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     final_state = torch.empty(state.shape, dtype=torch.float32, device=value.device)
@@ -110,8 +109,60 @@ def memory_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, forget_logit, write_logit (empty for the Hebbian rule) and state."""
+    query_grad, key_grad, value_grad = (
+        torch.empty(value.shape, dtype=value.dtype, device=value.device) for _ in range(3)
+    )
+    forget_grad, write_grad, state_grad = memory_backward_into(
+        query,
+        key,
+        value,
+        forget_logit,
+        write_logit,
+        state,
+        document_start,
+        inverse,
+        output_grad,
+        final_state_grad,
+        eps,
+        out=(query_grad, key_grad, value_grad),
+    )
+    return query_grad, key_grad, value_grad, forget_grad, write_grad, state_grad
+
+
+def memory_backward_into(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    forget_logit: Tensor,
+    write_logit: Tensor | None,
+    state: Tensor,
+    document_start: Tensor | None,
+    inverse: Tensor,
+    output_grad: Tensor,
+    final_state_grad: Tensor | None,
+    eps: float,
+    *,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass, with the gradients of query, key and value written where the caller wants them.
+
+    Arguments:
+        all but out: those of `memory_backward`.
+        out: three `[B, T, H, N]` tensors of the values' type and of equal strides with a contiguous last dimension,
+            such as parts of the gradient of one projection `[B, T, 3 H N]` or wider. Every element is written.
+
+    Returns:
+        Gradients of forget_logit, write_logit (empty for the Hebbian rule) and state.
+    """
+    if len({(x.shape, x.dtype, x.stride()) for x in out} | {(value.shape, value.dtype, out[0].stride())}) > 1:
+        raise ValueError(
+            f"memory_backward_into: out is {[(tuple(x.shape), x.dtype, x.stride()) for x in out]}; "
+            f"give three tensors of shape {tuple(value.shape)}, {value.dtype} and equal strides"
+        )
+    if row_readable(out[0]) is not out[0]:
+        raise ValueError(f"memory_backward_into: out has strides {out[0].stride()}; the last must be 1")
     table = _table(value, write_logit)
-    call = _Call(query, key, value, forget_logit, write_logit, document_start, eps, table)
+    call = Call(query, key, value, forget_logit, write_logit, document_start, eps, table)
     num_chunks = triton.cdiv(value.shape[1], table.length)
     states = value.new_empty(state.shape[0] * state.shape[1], num_chunks, *state.shape[2:])
     state_grads = torch.empty_like(states)
@@ -119,8 +170,8 @@ def memory_backward(
     surprise_grad = torch.empty_like(writes)
     call.forward(inverse, state.float().contiguous(), states=states, writes=writes)
     state_grad = call.state_gradient(inverse, output_grad, final_state_grad, state_grads, surprise_grad)
-    grads = call.gradient(states, state_grads, writes, surprise_grad, output_grad)
-    return *grads, state_grad.to(state.dtype)
+    forget_grad, write_grad = call.gradient(states, state_grads, writes, surprise_grad, output_grad, out)
+    return forget_grad, write_grad, state_grad.to(state.dtype)
 
 
 @memory_backward.register_fake
@@ -172,222 +223,5 @@ def _has_large_shared(index: int) -> bool:
 
 def _table(value: Tensor, write_logit: Tensor | None) -> LaunchTable:
     large_shared = INTERPRETED or _has_large_shared(value.device.index or 0)
-    return launch_table(value.dtype, value.shape[-1], delta=write_logit is not None, large_shared=large_shared)
-
-
-def _row_readable(x: Tensor) -> Tensor:
-    """x itself if its last dimension is contiguous and offsets within a chunk fit in 32 bits; otherwise a copy."""
-    return x if x.stride(-1) == 1 and x.stride(1) < 2**24 else x.contiguous()
-
-
-class _Call:
-    """One call's tensors, strides and block sizes."""
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        forget_logit: Tensor,
-        write_logit: Tensor | None,
-        document_start: Tensor | None,
-        eps: float,
-        table: LaunchTable,
-    ) -> None:
-        self.query, self.key, self.value = _row_readable(query), _row_readable(key), _row_readable(value)
-        self.forget, self.write, self.start = forget_logit, write_logit, document_start
-        self.absent = value.new_empty(0)  # stands where a kernel is given nothing, and reads nothing
-        self.delta = write_logit is not None
-        self.eps, self.table = eps, table
-        num_lanes, self.num_tokens, self.num_heads, self.width = value.shape
-        self.num_streams = num_lanes * self.num_heads
-        self.num_chunks = triton.cdiv(self.num_tokens, table.length)
-
-    def _given(self, x: Tensor | None) -> Tensor:
-        return self.absent if x is None else x
-
-    def _strides(self, x: Tensor | None) -> tuple[int, ...]:
-        return (0, 0, 0) if x is None else x.stride()[:3]
-
-    def _start_strides(self) -> tuple[int, ...]:
-        return (0, 0) if self.start is None else self.start.stride()
-
-    def _common(self) -> dict[str, object]:
-        return {
-            "WIDTH": self.width,
-            "LENGTH": self.table.length,
-            "HAS_STARTS": self.start is not None,
-        }
-
-    def inverse(self) -> Tensor:
-        if not self.delta:
-            return self.value.new_empty(0)
-        length, launch = self.table.length, self.table.inverse
-        inverse = self.value.new_empty(self.num_streams, self.num_chunks, length, length)
-        triangular_inverse_kernel[(self.num_streams * self.num_chunks,)](
-            self.key,
-            self.forget,
-            self._given(self.write),
-            self._given(self.start),
-            inverse,
-            *self._strides(self.key),
-            *self._strides(self.forget),
-            *self._strides(self.write),
-            *self._start_strides(),
-            self.num_tokens,
-            self.num_heads,
-            self.eps,
-            **self._common(),
-            LEVELS=length.bit_length() - 1,
-            PRECISION="ieee" if self.value.dtype == torch.float32 else "tf32",
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-        )
-        return inverse
-
-    def forward(
-        self,
-        inverse: Tensor,
-        state: Tensor,
-        *,
-        output: Tensor | None = None,
-        final_state: Tensor | None = None,
-        states: Tensor | None = None,
-        writes: Tensor | None = None,
-    ) -> None:
-        """Fill output and final_state, or states and writes."""
-        launch = self.table.forward if states is None else self.table.recompute
-        memory_forward_kernel[(self.num_streams, self.width // launch.tile)](
-            self.query,
-            self.key,
-            self.value,
-            self.forget,
-            self._given(self.write),
-            self._given(self.start),
-            inverse,
-            state,
-            self._given(output),
-            self._given(final_state),
-            self._given(states),
-            self._given(writes),
-            *self._strides(self.query),
-            *self._strides(self.key),
-            *self._strides(self.value),
-            *self._strides(self.forget),
-            *self._strides(self.write),
-            *self._start_strides(),
-            self.num_tokens,
-            self.num_heads,
-            self.eps,
-            **self._common(),
-            TILE=launch.tile,
-            DELTA=self.delta,
-            RECOMPUTE=states is not None,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-        )
-
-    def state_gradient(
-        self,
-        inverse: Tensor,
-        output_grad: Tensor,
-        final_state_grad: Tensor | None,
-        state_grads: Tensor,
-        surprise_grad: Tensor,
-    ) -> Tensor:
-        """Fill state_grads and surprise_grad; returns the incoming state's gradient."""
-        launch = self.table.state_gradient
-        output_grad = _row_readable(output_grad)
-        if final_state_grad is not None:
-            final_state_grad = final_state_grad.float().contiguous()
-        state_grad = torch.empty(
-            self.value.shape[0],
-            self.num_heads,
-            self.width,
-            self.width,
-            dtype=torch.float32,
-            device=self.value.device,
-        )
-        memory_state_gradient_kernel[(self.num_streams, self.width // launch.tile)](
-            self.query,
-            self.key,
-            self.forget,
-            self._given(self.write),
-            self._given(self.start),
-            inverse,
-            output_grad,
-            self._given(final_state_grad),
-            state_grads,
-            surprise_grad,
-            state_grad,
-            *self._strides(self.query),
-            *self._strides(self.key),
-            *self._strides(self.forget),
-            *self._strides(self.write),
-            *self._start_strides(),
-            *self._strides(output_grad),
-            self.num_tokens,
-            self.num_heads,
-            self.eps,
-            **self._common(),
-            TILE=launch.tile,
-            DELTA=self.delta,
-            HAS_STATE_GRAD=final_state_grad is not None,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-        )
-        return state_grad
-
-    def gradient(
-        self,
-        states: Tensor,
-        state_grads: Tensor,
-        writes: Tensor,
-        surprise_grad: Tensor,
-        output_grad: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of query, key, value, forget_logit and write_logit."""
-        launch = self.table.gradient
-        output_grad = _row_readable(output_grad)
-        device = self.value.device
-        query_grad, key_grad, value_grad = (
-            torch.empty(self.value.shape, dtype=self.value.dtype, device=device) for _ in range(3)
-        )
-        forget_grad = torch.empty(self.forget.shape, dtype=self.forget.dtype, device=device)
-        write_grad = self.value.new_empty(0)
-        if self.write is not None:
-            write_grad = torch.empty(self.write.shape, dtype=self.write.dtype, device=device)
-        memory_gradient_kernel[(self.num_streams * self.num_chunks,)](
-            self.query,
-            self.key,
-            self.value,
-            self.forget,
-            self._given(self.write),
-            self._given(self.start),
-            states,
-            state_grads,
-            writes,
-            surprise_grad,
-            output_grad,
-            query_grad,
-            key_grad,
-            value_grad,
-            forget_grad,
-            write_grad,
-            *self._strides(self.query),
-            *self._strides(self.key),
-            *self._strides(self.value),
-            *self._strides(self.forget),
-            *self._strides(self.write),
-            *self._start_strides(),
-            *self._strides(output_grad),
-            self.num_tokens,
-            self.num_heads,
-            self.eps,
-            **self._common(),
-            TILE=launch.tile,
-            DELTA=self.delta,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-        )
-        return query_grad, key_grad, value_grad, forget_grad, write_grad
+    width = int(value.shape[-1])  # a graph with symbolic shapes is specialised to the head width
+    return launch_table(value.dtype, width, delta=write_logit is not None, large_shared=large_shared)

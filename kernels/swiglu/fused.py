@@ -45,9 +45,8 @@ def _launch(kernel: triton.JITFunction, *tensors: Tensor, width: int, num_rows: 
     kernel[(num_rows, triton.cdiv(width, block))](*tensors, F=width, BLOCK=block, num_warps=max(block // 256, 1))
 
 
-@torch.library.custom_op("neurogen::swiglu_forward", mutates_args=())
-def swiglu_forward(gate_and_value: Tensor) -> Tensor:
-    """`[..., 2F]` to `[..., F]`; see `swiglu_fused`."""
+def launch_forward(gate_and_value: Tensor) -> Tensor:
+    """`[..., 2F]` to `[..., F]`."""
     width = gate_and_value.shape[-1] // 2
     shape = (*gate_and_value.shape[:-1], width)
     out = torch.empty(shape, dtype=gate_and_value.dtype, device=gate_and_value.device)
@@ -56,13 +55,18 @@ def swiglu_forward(gate_and_value: Tensor) -> Tensor:
     return out
 
 
+@torch.library.custom_op("neurogen::swiglu_forward", mutates_args=())
+def swiglu_forward(gate_and_value: Tensor) -> Tensor:
+    """`[..., 2F]` to `[..., F]`; see `swiglu_fused`."""
+    return launch_forward(gate_and_value)
+
+
 @swiglu_forward.register_fake
 def _(gate_and_value):  # type: ignore[no-untyped-def]
     return gate_and_value.new_empty((*gate_and_value.shape[:-1], gate_and_value.shape[-1] // 2))
 
 
-@torch.library.custom_op("neurogen::swiglu_backward", mutates_args=())
-def swiglu_backward(grad_out: Tensor, gate_and_value: Tensor) -> Tensor:
+def launch_backward(grad_out: Tensor, gate_and_value: Tensor) -> Tensor:
     """Gradient `[..., 2F]` from `[..., F]`."""
     grad_out, gate_and_value = grad_out.contiguous(), gate_and_value.contiguous()
     grad_input = torch.empty(gate_and_value.shape, dtype=gate_and_value.dtype, device=gate_and_value.device)
@@ -70,6 +74,12 @@ def swiglu_backward(grad_out: Tensor, gate_and_value: Tensor) -> Tensor:
     num_rows = grad_out.numel() // max(width, 1)
     _launch(swiglu_backward_kernel, grad_out, gate_and_value, grad_input, width=width, num_rows=num_rows)
     return grad_input
+
+
+@torch.library.custom_op("neurogen::swiglu_backward", mutates_args=())
+def swiglu_backward(grad_out: Tensor, gate_and_value: Tensor) -> Tensor:
+    """Gradient `[..., 2F]` from `[..., F]`."""
+    return launch_backward(grad_out, gate_and_value)
 
 
 @swiglu_backward.register_fake

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from neurogen.training.graph import capture
+
 FLUSH_BYTES = 256 << 20  # several times any L2 cache
 PACKAGES = (
     "torch",
@@ -54,7 +56,8 @@ class Contender:
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: seconds, and bytes of memory above what was there before; `failure` says why there is none."""
+    """One measurement: seconds, and bytes of memory above what was there before; `failure` says why there is none.
+    `recorded` work was replayed as a CUDA graph, so that the host's launches are not in its time."""
 
     suite: str
     op: str
@@ -68,6 +71,7 @@ class Row:
     peak_bytes: int | None = None
     error: float | None = None
     failure: str | None = None
+    recorded: bool = False
     extra: dict[str, float] = field(default_factory=dict)
     machine: dict[str, str] = field(default_factory=dict)
 
@@ -102,6 +106,7 @@ def compare(
     min_rounds: int = 10,
     extra: Callable[[float], dict[str, float]] | None = None,
     cold: bool = True,
+    record: bool = False,
 ) -> list[Row]:
     """Check, then time all contenders in turns.
 
@@ -110,6 +115,8 @@ def compare(
         min_rounds: turns each gets at least.
         extra: derived figures from a median time in seconds, such as TFLOP/s.
         cold: whether the GPU's L2 cache is flushed before a call; if not, the call before it is the same one, untimed.
+        record: whether work is recorded as a CUDA graph where it can be, so that kernels are compared and not how long
+            a host takes to launch them.
 
     Returns:
         A row a contender, failures included, in the order given.
@@ -119,6 +126,7 @@ def compare(
     ready: dict[str, Callable[[], Any]] = {}
     errors: dict[str, float | None] = {}
     peaks: dict[str, int | None] = {}
+    recorded: set[str] = set()
 
     def fail(provider: str, why: str) -> None:
         rows[provider] = Row(suite, op, provider, shape, dtype, failure=why, machine=machine)
@@ -136,6 +144,11 @@ def compare(
             work()  # compiles
             peaks[name] = _peak_bytes(work, device)
             ready[name] = work
+            if record and device.type == "cuda":
+                replay = _recorded(work, device)
+                if replay is not None:
+                    ready[name] = replay
+                    recorded.add(name)
         except Exception as error:
             fail(name, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}")
 
@@ -162,6 +175,7 @@ def compare(
             num_runs=len(measured),
             peak_bytes=peaks[name],
             error=errors[name],
+            recorded=name in recorded,
             extra={} if derive is None else derive(median),
             machine=machine,
         )
@@ -214,6 +228,17 @@ def _flush(device: torch.device) -> None:
     if device not in _scratch:
         _scratch[device] = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     _scratch[device].zero_()
+
+
+def _recorded(work: Callable[[], Any], device: torch.device) -> Callable[[], None] | None:
+    """The work as a CUDA graph, or None if it cannot be one (it waits for the device, or uses streams of its own)."""
+    try:
+        replay = capture(work, device)
+        replay()
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return None
+    return replay
 
 
 def _peak_bytes(work: Callable[[], Any], device: torch.device) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ class Case:
         dtype: storage type.
         contenders: ours first.
         extra: derived figures from a median time in seconds.
-        cold, min_rounds: as for `compare`.
+        cold, min_rounds, record: as for `compare`.
     """
 
     op: str
@@ -39,6 +40,7 @@ class Case:
     extra: Callable[[float], dict[str, float]]
     cold: bool = True
     min_rounds: int = 10
+    record: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,9 @@ def timed(forward: Callable[[], Tensor], inputs: Tensors, *, backward: bool) -> 
 def cases(*, small: bool) -> Iterator[Case]:
     """The suite; `small` shrinks every shape to what a CPU in Triton's interpreter can do, to test the suite itself."""
     dtype = torch.float32 if small else torch.bfloat16
-    yield from _cortex_cases(dtype, small=small)
-    yield from _memory_cases(dtype, small=small)
-    yield from _decode_cases(dtype, small=small)
-    yield from _relay_cases(dtype, small=small)
+    for make in (_cortex_cases, _memory_cases, _decode_cases, _relay_cases):
+        for case in make(dtype, small=small):
+            yield dataclasses.replace(case, record=True)
 
 
 def _cortex_cases(dtype: torch.dtype, *, small: bool) -> Iterator[Case]:

@@ -13,6 +13,7 @@ UNITS = {
     "useful_tflops": ("useful TFLOP/s", "{:.0f}"),
     "model_tflops": ("model TFLOP/s", "{:.0f}"),
     "bytes_per_step": ("bytes a step", "{:,.0f}"),
+    "copy_rate": ("read and written, B/s", "{:.3g}"),
     "read_rate": ("measured read rate, B/s", "{:.3g}"),
     "read_share": ("share of it", "{:.1%}"),
 }
@@ -35,7 +36,7 @@ def _table(key: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
     op, shape, dtype, device = key
     versions = sorted({_versions(row["machine"]) for row in rows})
     extras = [name for name in UNITS if any(name in row["extra"] for row in rows)]
-    head = ["provider", "median ms", "p20 to p80", *(UNITS[name][0] for name in extras), "peak MB", "error"]
+    head = ["provider", "launched", "median ms", "p20 to p80", *(UNITS[name][0] for name in extras), "peak MB", "error"]
     lines = [
         f"### {op}: {shape}, {dtype}",
         "",
@@ -52,7 +53,8 @@ def _table(key: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
             figures = [UNITS[name][1].format(row["extra"][name]) if name in row["extra"] else "" for name in extras]
             peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}"
             error = "" if row["error"] is None else f"{row['error']:.1e}"
-            cells = [row["provider"], f"{row['median'] * 1e3:.3f}", spread, *figures, peak, error]
+            launched = "as a graph" if row.get("recorded") else "one by one"
+            cells = [row["provider"], launched, f"{row['median'] * 1e3:.3f}", spread, *figures, peak, error]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
 

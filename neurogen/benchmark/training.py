@@ -6,15 +6,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
 
 from neurogen.baselines import GPT, GPTConfig
 from neurogen.benchmark.harness import Contender
 from neurogen.benchmark.kernels import Case
-from neurogen.brain import BrainConfig
+from neurogen.brain import BrainConfig, BrainState
+from neurogen.config.schema import AdamWConfig
+from neurogen.data import Batch
 from neurogen.model import NeuroGen
-from neurogen.training.graph import capture
+from neurogen.models import LanguageModel
+from neurogen.training.optimizer import build_optimizer
+from neurogen.training.precision import Precision
+from neurogen.training.recorded import NUM_PLAIN_STEPS, RecordedUpdate
+from neurogen.training.update import Update
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,29 @@ def workloads(*, small: bool) -> Iterator[Workload]:
     yield Workload("small", small_brain, gpt_small, 257, 64, 512)
 
 
+def _machine_cases(dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
+    """The two rates that a step is measured against: a large matrix product, and a copy from memory to memory."""
+    size = 64 if small else 8192
+
+    def multiply(device: torch.device) -> Callable[[], Any]:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        return lambda: a @ b
+
+    def copy(device: torch.device) -> Callable[[], Any]:
+        x = torch.randn(size * size * (1 if small else 16), device=device)
+        y = torch.empty_like(x)
+        return lambda: y.copy_(x)
+
+    num_bytes = 2 * 4 * size * size * (1 if small else 16)
+    rate = Contender("torch", multiply, extra=lambda seconds: {"model_tflops": 2 * size**3 / seconds / 1e12})
+    yield Case("matrix product", {"M": size, "N": size, "K": size}, dtype, [rate], lambda seconds: {}, min_rounds=100)
+    rate = Contender("torch", copy, extra=lambda seconds: {"copy_rate": num_bytes / seconds})
+    yield Case("copy", {"bytes": num_bytes // 2}, torch.float32, [rate], lambda seconds: {})
+
+
 def cases(*, small: bool) -> Iterator[Case]:
     dtype = torch.float32 if small else torch.bfloat16
+    yield from _machine_cases(dtype, small=small)
     for work in workloads(small=small):
         tokens = work.lanes * work.tokens
         flops = NeuroGen(work.brain, vocab_size=work.vocab_size).flops_per_token() * tokens
@@ -71,16 +98,8 @@ def _brain_step(
 ) -> Callable[[torch.device], Callable[[], Any]]:
     def prepare(device: torch.device) -> Callable[[], Any]:
         torch.manual_seed(0)
-        model = NeuroGen(work.brain, vocab_size=work.vocab_size, mode=mode).to(device)
-        state = model.init_state(work.lanes)
-
-        def loss(input_ids: Tensor, target_ids: Tensor) -> Tensor:
-            out = model(input_ids, state, target_ids=target_ids)
-            assert out.loss is not None
-            return out.loss
-
-        step = _update(model, loss, work, device, dtype)
-        return capture(step, device) if graph else step
+        model = NeuroGen(work.brain, vocab_size=work.vocab_size, mode=mode)
+        return _trainer_step(model, work, device, dtype, graph=graph)
 
     return prepare
 
@@ -88,35 +107,31 @@ def _brain_step(
 def _gpt_step(work: Workload, dtype: torch.dtype) -> Callable[[torch.device], Callable[[], Any]]:
     def prepare(device: torch.device) -> Callable[[], Any]:
         torch.manual_seed(0)
-        model = GPT(work.gpt, vocab_size=work.vocab_size, mask_documents=False).to(device)
-
-        def loss(input_ids: Tensor, target_ids: Tensor) -> Tensor:
-            out = model(input_ids, target_ids=target_ids)
-            assert out.loss is not None
-            return out.loss
-
-        return _update(model, loss, work, device, dtype)
+        model = GPT(work.gpt, vocab_size=work.vocab_size, mask_documents=False)
+        return _trainer_step(model, work, device, dtype, graph=False)
 
     return prepare
 
 
-def _update(
-    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], work: Workload, device: torch.device, dtype: torch.dtype
+def _trainer_step(
+    model: LanguageModel, work: Workload, device: torch.device, dtype: torch.dtype, *, graph: bool
 ) -> Callable[[], None]:
-    """Forward, backward, clipping and a fused AdamW on one fixed batch."""
-    parameters = list(model.parameters())
-    on_gpu = device.type == "cuda"
-    # At rate zero the batch stays as hard as it was, and a recorded step may be run any number of times.
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), fused=on_gpu, capturable=on_gpu)
+    """The trainer's own step (forward, backward, clipping, guard, AdamW) on one batch, the state carried on."""
+    precision = Precision(device, str(dtype).removeprefix("torch."))
+    precision.place(model)
+    optimizer = build_optimizer(model, AdamWConfig())
+    optimizer.set_rate_scale(0.0)  # the batch stays as hard as it was
+    update = Update(model, optimizer, clip_norm=1.0, precision=precision)
+    take = RecordedUpdate(update) if graph else update
     ids = torch.randint(0, work.vocab_size, (work.lanes, work.tokens + 1), device=device)
+    counts = np.full(work.lanes, work.tokens)
+    batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.zeros_like(ids[:, 1:]).bool(), counts)
+    states: list[BrainState | None] = [model.init_state(work.lanes)]
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        # The cache of cast weights would be filled while recording and hold freed memory afterwards.
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
-            value = loss(ids[:, :-1], ids[:, 1:])
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        states[:] = take([batch], states).states
 
+    if graph:
+        for _ in range(NUM_PLAIN_STEPS):
+            step()
     return step

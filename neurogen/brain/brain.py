@@ -116,7 +116,7 @@ class Brain(nn.Module):
             assert isinstance(layer_state, CortexState)
             in_broca = name.startswith("broca.")
             if in_broca and go is None and self.basal_ganglia is not None:
-                go = self.basal_ganglia(h)
+                go = self.basal_ganglia(h, backend)
             x, delta, layer_states[name], activity[name] = layer(
                 x, h, layer_state, document_start, go if in_broca else None, backend
             )

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.decode import DecodeOutput, decode
+from kernels.linear import RoundedWeights
 from kernels.norm import add_norm
 from kernels.sample import SampleOutput, Sampling, sample
 from neurogen.brain.config import BrainConfig
@@ -17,6 +18,7 @@ class Decoder(nn.Module):
     def __init__(self, config: BrainConfig, vocab_size: int, tied_weight: nn.Parameter | None = None) -> None:
         super().__init__()
         self.eps = config.norm_eps
+        self.rounded_weights = (RoundedWeights(),)
         self.weight = (
             nn.Parameter(torch.zeros(vocab_size, config.embedding_dim)) if tied_weight is None else tied_weight
         )
@@ -27,7 +29,8 @@ class Decoder(nn.Module):
 
     def loss(self, broca_output: Tensor, target_ids: Tensor, backend: str) -> DecodeOutput:
         """`[B, T, D]` and targets `[B, T]` to mean cross-entropy and arg-max hits."""
-        return decode(self._normed(broca_output, backend), self.weight, target_ids, backend=backend)
+        normed = self._normed(broca_output, backend)
+        return decode(normed, self.weight, target_ids, rounded=self.rounded_weights[0], backend=backend)
 
     def decode_and_sample(
         self,

@@ -10,16 +10,15 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.cortex import CortexState, cortex
-from kernels.gated_norm import gated_norm
-from kernels.memory import memory
+from kernels.cortex import CortexState
+from kernels.cortex_circuit import CortexWeights, cortex_circuit
+from kernels.linear import RoundedWeights, full_precision_linear
+from kernels.memory_circuit import MemoryWeights, memory_circuit
+from kernels.mlp import mlp
 from kernels.norm import add_norm
-from kernels.precision import no_autocast
 from kernels.relay import relay
-from kernels.swiglu import swiglu
 from neurogen.brain.config import NUM_TAPS, BrainConfig
 from neurogen.brain.state import MemoryState, ShiftedMemoryState
 from neurogen.brain.token_shift import TokenShift
@@ -42,12 +41,6 @@ def activation_dtype(x: Tensor) -> torch.dtype:
     """The type projections work in: autocast's where it is on, otherwise the workspace's."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def full_precision_linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A small projection kept out of autocast, for quantities whose rounding would be felt over thousands of tokens."""
-    with no_autocast(x):
-        return layer(x.to(layer.weight.dtype))
 
 
 class Thalamus(nn.Module):
@@ -74,9 +67,10 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.in_proj = nn.Linear(config.embedding_dim, 2 * config.mlp_width, bias=False)
         self.out_proj = zero_linear(config.mlp_width, config.embedding_dim)
+        self.rounded_weights = (RoundedWeights(), RoundedWeights())
 
     def forward(self, h: Tensor, backend: str) -> Tensor:
-        return self.out_proj(swiglu(self.in_proj(h), backend=backend))
+        return mlp(h, self.in_proj.weight, self.out_proj.weight, rounded=self.rounded_weights, backend=backend)
 
 
 def zero_linear(in_features: int, out_features: int) -> nn.Linear:
@@ -106,6 +100,7 @@ class CortexLayer(nn.Module):
         self.drive_bias = nn.Parameter(config.initial_voltage / gain)
         self.out_proj = zero_linear(width, width)
         self.mlp = SwiGLU(config)
+        self.rounded_weights = (RoundedWeights(), RoundedWeights())
 
     def init_state(self, lanes: int) -> CortexState:
         shape = (lanes, self.config.embedding_dim)
@@ -135,22 +130,26 @@ class CortexLayer(nn.Module):
             The workspace with the circuit's output added, what the MLP adds to it, the next state and the activity.
         """
         config = self.config
-        bias = F.pad(self.drive_bias, (0, config.embedding_dim))
-        drive, gate = F.linear(h, self.in_proj.weight, bias).chunk(2, dim=-1)
-        out = cortex(
-            drive,
-            self.lateral_weight,
-            torch.sigmoid(self.decay_logit),
+        lateral = self.lateral_weight
+        assert isinstance(lateral, Tensor)
+        weights = CortexWeights(
+            self.in_proj.weight, self.drive_bias, lateral, torch.sigmoid(self.decay_logit), self.out_proj.weight
+        )
+        out = cortex_circuit(
+            h,
+            weights,
             state,
             document_start,
+            go,
             spike_kind=config.spike,
             threshold=config.threshold,
             adaptation_strength=config.adaptation_strength,
             adaptation_decay=config.adaptation_decay,
+            eps=config.norm_eps,
+            rounded=self.rounded_weights,
             backend=backend,
         )
-        y = gated_norm(out.spikes, gate, group_size=config.column_width, scale=go, eps=config.norm_eps, backend=backend)
-        x, h = add_norm(x, self.out_proj(y), eps=config.norm_eps, out_dtype=activation_dtype(x), backend=backend)
+        x, h = add_norm(x, out.written, eps=config.norm_eps, out_dtype=activation_dtype(x), backend=backend)
         activity = Activity(out.num_fired, out.num_saturated, x.shape[0] * x.shape[1])
         return x, self.mlp(h, backend), out.state, activity
 
@@ -179,6 +178,7 @@ class MemoryLayer(nn.Module):
             nn.init.zeros_(self.write.bias)
         self.out_proj = zero_linear(width, width)
         self.mlp = SwiGLU(config)
+        self.rounded_weights = (RoundedWeights(), RoundedWeights())
 
     def init_state(self, lanes: int) -> MemoryState | ShiftedMemoryState:
         config = self.config
@@ -203,23 +203,22 @@ class MemoryLayer(nn.Module):
         if self.shift is not None:
             assert isinstance(state, ShiftedMemoryState)
             mixed, recent = self.shift(h, state.recent, document_start)
-        query, key, value, gate = self.in_proj(mixed).chunk(4, dim=-1)
-        query, key, value = (z.unflatten(-1, (config.num_heads, -1)) for z in (query, key, value))
-        read, fast_weight = memory(
-            query,
-            key,
-            value,
-            full_precision_linear(self.forget, h),
-            None if self.write is None else full_precision_linear(self.write, h),
+        write, write_bias = (None, None) if self.write is None else (self.write.weight, self.write.bias)
+        weights = MemoryWeights(
+            self.in_proj.weight, self.forget.weight, self.forget.bias, write, write_bias, self.out_proj.weight
+        )
+        written, fast_weight = memory_circuit(
+            mixed,
+            weights,
             state.fast_weight,
             document_start,
             rule=config.memory_rule,
             chunk_size=config.chunk_size,
             eps=config.norm_eps,
+            rounded=self.rounded_weights,
             backend=backend,
         )
-        y = gated_norm(read.flatten(-2), gate, group_size=config.head_width, eps=config.norm_eps, backend=backend)
-        x, h = add_norm(x, self.out_proj(y), eps=config.norm_eps, out_dtype=activation_dtype(x), backend=backend)
+        x, h = add_norm(x, written, eps=config.norm_eps, out_dtype=activation_dtype(x), backend=backend)
         after = MemoryState(fast_weight) if recent is None else ShiftedMemoryState(fast_weight, recent)
         return x, self.mlp(h, backend), after
 
@@ -241,6 +240,6 @@ class BasalGanglia(nn.Module):
         nn.init.zeros_(self.go.weight)
         nn.init.constant_(self.go.bias, INITIAL_GO_BIAS)
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, backend: str = "reference") -> Tensor:
         """The normalised workspace `[B, T, D]` to gates `[B, T, K]` in (0, 1)."""
-        return torch.sigmoid(full_precision_linear(self.go, h))
+        return torch.sigmoid(full_precision_linear(h, self.go.weight, self.go.bias, backend=backend))

@@ -17,6 +17,7 @@ ON_CANARY_FAILURE = ("stop", "fall_back")
 LOGGERS = ("wandb", "none")
 LOGGER_MODES = ("offline", "online")
 STRATEGIES = ("none", "ddp", "fsdp")
+ON_SAVE_FAILURE = ("stop", "continue")
 PROGRESS_BY = ("auto", "steps", "tokens", "seconds")
 
 
@@ -47,6 +48,7 @@ def _check_trainer(config: Config) -> None:
     trainer = config.trainer
     one_of("trainer.dtype", trainer.dtype, DTYPES)
     one_of("trainer.distributed", trainer.distributed, STRATEGIES)
+    one_of("trainer.on_save_failure", trainer.on_save_failure, ON_SAVE_FAILURE)
     limits = ("max_steps", "max_tokens", "max_seconds")
     for key in limits:
         if (value := getattr(trainer, key)) is not None:

@@ -105,6 +105,8 @@ class TrainerConfig:
 
     The run ends at the first of max_steps, max_tokens and max_seconds that is reached (at least one is needed).
     Seconds are those of training: not of evaluation, sampling or saving. Intervals are in steps; 0 means never.
+    on_save_failure: what a run does where the disk refuses a checkpoint or another of its files: `continue`, counting
+    in disk/failures, or `stop`, as after a signal. The checkpoints of before are intact either way.
     """
 
     max_steps: int | None = None
@@ -115,6 +117,7 @@ class TrainerConfig:
     dtype: str = "auto"
     distributed: str = "none"
     deterministic: bool = False
+    cuda_graph: bool | None = None
     accumulation: int = 1
     clip_norm: float = 1.0
     outlier_sigma: float | None = 10.0
@@ -131,6 +134,7 @@ class TrainerConfig:
     checkpoint_every: int = 500
     keep_last: int = 2
     keep_best: bool = True
+    on_save_failure: str = "continue"
     health_plots: bool = True
 
 

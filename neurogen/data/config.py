@@ -42,7 +42,9 @@ class DataConfig:
     encoding_errors: `strict` stops at the first invalid UTF-8; `skip` leaves the document out; `replace` puts U+FFFD.
     empty_documents, bad_lines: `error`, or `skip` to leave out documents without text, and JSON lines without one.
     Whatever is skipped or replaced is counted in the corpus' `counts`.
-    dataset, dataset_split, dataset_revision: kind `slimpajama` without `path`: what to stream from the hub.
+    dataset, dataset_split, dataset_revision: kind `slimpajama` without `path`: what to stream from the hub; `dataset`
+        may be a local directory in the hub's layout as well.
+    dataset_mirror: address of a mirror of the hub, e.g. https://hf-mirror.com; null is the hub, or $HF_ENDPOINT.
     max_chunks, tokens_per_chunk: kind `slimpajama`: stop after this many training tokens, multiplied; null reads all.
     verify: kind `shards`: compare every shard with its sha256 before use.
     cache_dir: where token streams are kept; null is $NEUROGEN_CACHE, or .cache/neurogen under the current directory.
@@ -71,6 +73,7 @@ class DataConfig:
     dataset: str = "cerebras/SlimPajama-627B"
     dataset_split: str = "train"
     dataset_revision: str | None = None
+    dataset_mirror: str | None = None
     max_chunks: int | None = None
     tokens_per_chunk: int = 1 << 20
     verify: bool = True
@@ -200,6 +203,8 @@ class DataConfig:
             _at_least("max_chunks", self.max_chunks, 1)
             if self.kind != "slimpajama":
                 raise UserError(f"data.max_chunks means nothing with data.kind={self.kind}; use data=slimpajama")
+        if self.dataset_mirror is not None and not str(self.dataset_mirror).startswith(("http://", "https://")):
+            raise UserError(f"data.dataset_mirror is {self.dataset_mirror!r}; give an address, https://...")
         if self.kind != "slimpajama":
             return
         if self.split != "documents":

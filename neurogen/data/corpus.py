@@ -25,3 +25,21 @@ class Corpus:
     fingerprint: str
     counts: dict[str, int] = field(default_factory=dict)
     validation_sources: dict[str, TokenStream] = field(default_factory=dict)
+
+    @property
+    def left_out(self) -> str:
+        """What was skipped or replaced, by reason, in one line; empty where nothing was."""
+        return left_out(self.counts)
+
+
+def left_out(counts: dict[str, int]) -> str:
+    """What `counts` says was skipped or replaced, by reason, in one line; empty where nothing was."""
+    reasons = {key: count for key, count in counts.items() if _reason(key) and count}
+    if not reasons:
+        return ""
+    documents = sum(count for key, count in counts.items() if key.rsplit("/", 1)[-1] == "documents")
+    return f"data: {', '.join(f'{key} {count:,}' for key, count in reasons.items())}; {documents:,} documents are read"
+
+
+def _reason(key: str) -> bool:
+    return key.rsplit("/", 1)[-1].startswith(("skipped_", "replaced_"))

@@ -154,15 +154,24 @@ def _set_name(meta: Any) -> str:
 
 def _lines(path: Path) -> Iterator[bytes]:
     rest: list[bytes] = []
-    for chunk in _zst_chunks(path) if path.name.endswith(".zst") else _plain_chunks(path):
-        *complete, last = chunk.split(b"\n")
-        if complete:
-            yield b"".join([*rest, complete[0]])
-            yield from complete[1:]
-            rest = []
-        rest.append(last)
+    num_lines = 0
+    try:
+        for chunk in _zst_chunks(path) if path.name.endswith(".zst") else _plain_chunks(path):
+            *complete, last = chunk.split(b"\n")
+            num_lines += len(complete)
+            if complete:
+                yield b"".join([*rest, complete[0]])
+                yield from complete[1:]
+                rest = []
+            rest.append(last)
+    except _BadFrame as error:
+        raise UserError(f"{path} line {num_lines + 1}: {error}; fetch the file again") from None
     if final := b"".join(rest):
         yield final
+
+
+class _BadFrame(Exception):
+    """What is wrong with a zst file."""
 
 
 def _plain_chunks(path: Path) -> Iterator[bytes]:
@@ -182,14 +191,14 @@ def _zst_chunks(path: Path) -> Iterator[bytes]:
                 try:
                     data = frame.decompress(chunk)
                 except zstandard.ZstdError as error:
-                    raise UserError(f"{path} is not a sound zst file ({error}); fetch it again") from None
+                    raise _BadFrame(f"the zst file is damaged here ({error})") from None
                 if data:
                     yield data
                 chunk = b""
                 if frame.eof:
                     chunk, frame = frame.unused_data, None
     if frame is not None:
-        raise UserError(f"{path} is cut short: it ends inside a zst frame; fetch it again")
+        raise _BadFrame("the zst file is cut short here, it ends inside a frame")
 
 
 def open_source(path: Path):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from neurogen.data.batches import Batch, Batches, count_targets, expand
+from neurogen.data.batches import Batch, Batches, count_targets, expand, foreign_targets, host_batch
 
 
 class Prefetcher:
@@ -19,8 +20,8 @@ class Prefetcher:
     On a CUDA device, ids travel in the stream's narrow type from pinned memory, on a stream of their own, and become
     int64 there: 2 or 3 bytes a token over the bus instead of 17. On the CPU the thread alone remains.
 
-    num_batches: batches handed out. num_stalls: how many of them were not ready. wait_seconds: time lost on those.
-    `state_dict` is the position of the reader, not of the thread. Use as a context manager, or call `close`.
+    num_batches: batches handed out. num_stalls: how many of them were not ready. `state_dict` is the position of the
+    reader, not of the thread. Use as a context manager, or call `close`.
     """
 
     def __init__(self, batches: Batches, device: torch.device | str, *, depth: int = 2) -> None:
@@ -32,7 +33,8 @@ class Prefetcher:
         self._depth = depth
         self._state, self._epoch = batches.state_dict(), batches.epoch
         self.num_batches = self.num_stalls = 0
-        self.wait_seconds = 0.0
+        self._host_seconds = self._gpu_seconds = 0.0
+        self._gpu_waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._failure: BaseException | None = None
         self._start()
 
@@ -55,7 +57,7 @@ class Prefetcher:
             self.num_stalls += self.num_batches > self._first
             began = time.perf_counter()
             item = self._ready.get()
-            self.wait_seconds += time.perf_counter() - began
+            self._host_seconds += time.perf_counter() - began
         if isinstance(item, BaseException):
             self._failure = item
             self.close()
@@ -63,11 +65,32 @@ class Prefetcher:
         batch, copied, self._state, self._epoch = item
         if copied is not None:
             current = torch.cuda.current_stream(self._device)
+            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun.record(current)
             current.wait_event(copied)
+            ended.record(current)
+            self._gpu_waits.append((begun, ended))
+            self._sum_gpu_waits()
             for tensor in (batch.input_ids, batch.target_ids, batch.document_start):
                 tensor.record_stream(current)
         self.num_batches += 1
         return batch
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time lost to data: by the host on batches that were not ready, and by the GPU on copies that had not arrived.
+
+        No less than the true loss: what the host waits, the GPU may have been busy. Waits that the GPU has not come to
+        yet are not in it.
+        """
+        self._sum_gpu_waits()
+        return self._host_seconds + self._gpu_seconds
+
+    def _sum_gpu_waits(self) -> None:
+        """Add the waits the GPU is through with; asks, and does not wait for it."""
+        while self._gpu_waits and self._gpu_waits[0][1].query():
+            begun, ended = self._gpu_waits.popleft()
+            self._gpu_seconds += begun.elapsed_time(ended) / 1e3
 
     @property
     def epoch(self) -> int:
@@ -114,12 +137,10 @@ class Prefetcher:
     def _make(self) -> tuple[Batch, torch.cuda.Event | None]:
         start_id = self._batches.stream.document_start_id
         window = self._batches.next_window()
-        num_targets = count_targets(*window, start_id)
-        ids, resets = (torch.from_numpy(array) for array in window)
         if self._copies is None:
-            batch = expand(ids, resets, start_id)
-            batch.num_targets = num_targets
-            return batch, None
+            return host_batch(*window, start_id), None
+        num_targets = count_targets(window[0], foreign_targets(*window, start_id))
+        ids, resets = (torch.from_numpy(array) for array in window)
         with torch.cuda.stream(self._copies):
             # Pinned buffers come from torch's own cache, which holds each back until its copy is done.
             ids, resets = (

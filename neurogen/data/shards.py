@@ -36,7 +36,8 @@ class ShardedTokens:
 
     def __init__(self, arrays: Sequence[Any], *, dtype: np.dtype | None = None) -> None:
         self._arrays = arrays
-        self._ends = np.cumsum([len(array) for array in arrays])
+        self._lengths = np.array([len(array) for array in arrays])
+        self._ends = np.cumsum(self._lengths)
         self.dtype = arrays[0].dtype if dtype is None else dtype
 
     def __len__(self) -> int:
@@ -55,6 +56,16 @@ class ShardedTokens:
             shard += 1
         joined = runs[0] if len(runs) == 1 else np.concatenate([*runs, np.empty(0, self.dtype)])
         return joined.astype(self.dtype, copy=False)
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """ids [len(starts), length]: what follows each of `starts` (int64)."""
+        ids = np.empty((len(starts), length), self.dtype)
+        shards = np.searchsorted(self._ends, starts, side="right")
+        firsts = starts - (self._ends - self._lengths)[shards]
+        for row, (shard, first) in enumerate(zip(shards.tolist(), firsts.tolist())):
+            run = self._arrays[shard][first : first + length]
+            ids[row] = run if len(run) == length else self[int(starts[row]) : int(starts[row]) + length]
+        return ids
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,8 @@ def cache_key(config: DataConfig, sources: list[SourceFile], tokenizer: Tokenize
         tokenizer = make_tokenizer(config, sources, None)  # cheap, and then the same text by bytes is the same corpus
     made_by = tokenizer.fingerprint if tokenizer else [config.tokenizer, config.vocab_size]
     hub = None if files else [config.dataset, config.dataset_split, config.dataset_revision]
+    if hub and config.dataset_mirror is not None:
+        hub.append(config.dataset_mirror)
     key = json.dumps([FORMAT_VERSION, files, hub, settings, made_by], sort_keys=True)
     return hashlib.sha256(key.encode()).hexdigest()[:32]
 
@@ -148,6 +150,8 @@ def _build(
             if not final.exists():
                 raise
         fsync_directory(cache)
+    except OSError as error:
+        raise UserError(f"cannot build the corpus in {cache}: {error.strerror}; set data.cache_dir") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.cortex import GRADED_CEILING, CortexState
+from kernels.linear import full_precision_linear
 from neurogen.brain.health import SATURATED_SHARE
 from neurogen.brain.regions import MemoryLayer
 from neurogen.errors import UserError
@@ -129,10 +130,11 @@ def _watching(model: NeuroGen, hidden: dict[str, list[Tensor]], forgotten: dict[
         handles.append(module.register_forward_hook(keep))
 
     def watch_forgetting(name: str, layer: MemoryLayer) -> None:
-        def keep(_module: nn.Module, _inputs: Any, out: Tensor) -> None:
-            forgotten.setdefault(name, []).append(out[0])
+        def keep(_module: nn.Module, inputs: Any, _out: Any) -> None:
+            logits = full_precision_linear(inputs[1], layer.forget.weight, layer.forget.bias)
+            forgotten.setdefault(name, []).append(logits[0])
 
-        handles.append(layer.forget.register_forward_hook(keep))
+        handles.append(layer.register_forward_hook(keep))
 
     watch("thalamus", model.brain.thalamus, lambda out: out[0])
     for name, layer in model.brain.layers().items():

@@ -9,13 +9,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from neurogen.config.schema import AdamWConfig
+from neurogen.data import Batch
 from neurogen.diagnosis.clock import StageClock
 from neurogen.diagnosis.counters import Counts, count
 from neurogen.diagnosis.usage import UsageMeter
 from neurogen.model import NeuroGen
+from neurogen.training.optimizer import build_optimizer
+from neurogen.training.precision import Precision
+from neurogen.training.recorded import NUM_PLAIN_STEPS, RecordedUpdate, can_record
+from neurogen.training.update import Update
 
 TASKS = ("train", "generate")
 WARM_UP_TOKENS = 4
@@ -79,11 +86,13 @@ def measure_mode(
 ) -> ModeCost:
     """Warm up, time, clock by stage and count, each in runs of its own, so that no instrument is in another's figures.
 
+    The clocked run launches its kernels one by one: there is no looking into a recorded step.
+
     Arguments:
         model: on its device; its weights are trained a few steps by the task `train`.
         mode: a mode's name.
-        task: one of TASKS. `train` is `NeuroGen.train_step`; `generate` continues the first id by T tokens and reads
-            them.
+        task: one of TASKS. `train` is the trainer's step from a new state, recorded as a CUDA graph where the trainer
+            would record it; `generate` continues the first id by T tokens and reads them.
         input_ids: `[B, T + 1]` int64 on the model's device.
         counted_tokens: at most this many tokens are counted, since counting is slow.
         bf16: run under torch.autocast in bfloat16.
@@ -91,14 +100,19 @@ def measure_mode(
     model.set_mode(mode)
     device, num_tokens = model.device, input_ids.shape[1] - 1
     with precision(device, bf16=bf16):
-        work(model, task, input_ids[:, : WARM_UP_TOKENS + 1])()
-        whole = work(model, task, input_ids)
-        seconds, usage = _timed(whole, device)
-        with StageClock(device) as clock:
+        work(model, task, input_ids[:, : WARM_UP_TOKENS + 1], bf16=bf16)()
+        whole = work(model, task, input_ids, bf16=bf16)
+        for _ in range(NUM_PLAIN_STEPS if can_replay(model, task) else 0):
             whole()
+        seconds, usage = _timed(whole, device)
+        clocked = work(model, task, input_ids, bf16=bf16, record=False)
+        if can_replay(model, task):
+            clocked()  # other block sizes of memory than the recorded step's
+        with StageClock(device) as clock:
+            clocked()
         counted = min(num_tokens, counted_tokens)
         counts, counts_of_half = (
-            count(work(model, task, input_ids[:, : length + 1]), device) for length in (counted, counted // 2)
+            _count(model, task, input_ids[:, : length + 1], bf16=bf16) for length in (counted, counted // 2)
         )
     return ModeCost(
         mode=mode,
@@ -118,14 +132,41 @@ def measure_mode(
     )
 
 
-def work(model: NeuroGen, task: str, input_ids: Tensor) -> Callable[[], object]:
+def work(
+    model: NeuroGen, task: str, input_ids: Tensor, *, bf16: bool = False, record: bool = True
+) -> Callable[[], object]:
     """The task as a function of nothing."""
     assert task in TASKS
     if task == "train":
-        inputs, targets = input_ids[:, :-1], input_ids[:, 1:]
-        return lambda: model.train_step(inputs, targets)
+        return _train_step(model, input_ids, bf16=bf16, record=record)
     prompt, num_new = input_ids[:, :1].cpu(), input_ids.shape[1] - 1
     return lambda: model.generate(prompt, max_new_tokens=num_new).replies()
+
+
+def can_replay(model: NeuroGen, task: str) -> bool:
+    """Whether the task is a recorded step, which is replayed after its first few runs."""
+    return task == "train" and model.device.type == "cuda" and model.mode.name == "fused"
+
+
+def _train_step(model: NeuroGen, input_ids: Tensor, *, bf16: bool, record: bool) -> Callable[[], object]:
+    """One step of the trainer; the loss is read, which is its one synchronisation."""
+    width = next(model.parameters()).dtype
+    arithmetic = Precision(model.device, "bfloat16" if bf16 else str(width).removeprefix("torch."))
+    optimizer = build_optimizer(model, AdamWConfig(lr=1e-3))
+    update = Update(model, optimizer, clip_norm=1.0, precision=arithmetic)
+    take = RecordedUpdate(update) if record and can_record(update) else update
+    inputs, targets = input_ids[:, :-1].contiguous(), input_ids[:, 1:].contiguous()
+    batch = Batch(
+        inputs, targets, torch.zeros_like(inputs, dtype=torch.bool), np.full(inputs.shape[0], inputs.shape[1])
+    )
+    return lambda: float(take([batch], [None]).loss)
+
+
+def _count(model: NeuroGen, task: str, input_ids: Tensor, *, bf16: bool) -> Counts:
+    run = work(model, task, input_ids, bf16=bf16)
+    for _ in range(NUM_PLAIN_STEPS + 1 if can_replay(model, task) else 0):
+        run()
+    return count(run, model.device)
 
 
 @contextmanager

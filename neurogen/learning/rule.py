@@ -14,6 +14,7 @@ from neurogen.brain import BrainState
 from neurogen.data import Batch
 from neurogen.errors import UserError
 from neurogen.learning.config import LearningConfig
+from neurogen.probes import stage
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -70,7 +71,8 @@ class BPTT:
         with autocast():
             out = model(batch.input_ids, state, document_start=batch.document_start, target_ids=batch.target_ids)
         if share is not None:
-            (out.loss * share).backward()
+            with stage("learn"):
+                (out.loss * share).backward()
         return WindowResult(out.loss.detach(), out.num_correct, out.state.detach(), out.health)
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -98,9 +98,9 @@ def _cortex(config: BrainConfig, draw: _Draw, document_start: Tensor) -> Probe:
         )
         return {"spikes": out.spikes, "final voltage": out.state.voltage, "final adaptation": out.state.adaptation}
 
-    # Strong drives of either sign and short time constants keep neurons far from their threshold: a binary spike that
-    # rounding flips would be no error of the kernel.
-    drive = torch.where(draw(LANES, TOKENS, neurons) > 0, 5.0, -5.0) + 0.1 * draw(LANES, TOKENS, neurons)
+    # Drives of either sign and short time constants keep neurons far from their threshold and from their ceiling: a
+    # spike that rounding flips, or a kink on whose other side it comes to lie, would be no error of the kernel.
+    drive = torch.where(draw(LANES, TOKENS, neurons) > 0, 2.5, -2.5) + 0.1 * draw(LANES, TOKENS, neurons)
     lateral = 0.1 * draw(num_columns, column_width, column_width) / column_width**0.5
     state = {name: 0.1 * draw(LANES, neurons) for name in ("voltage", "adaptation", "spikes")}
     decay = 0.05 + 0.15 * torch.rand(neurons, generator=draw.generator)

@@ -53,6 +53,11 @@ _REMEDY = "the checkpoint is damaged or unfinished, use another one"
 class CheckpointNotSaved(OSError):
     """The disk refused a checkpoint. What was written of it is gone again, the older checkpoints are as they were."""
 
+    @property
+    def reason(self) -> str:
+        """Which checkpoint and why, without errno and path."""
+        return str(self.strerror)
+
 
 class SavesItself(Protocol):
     """What a checkpoint needs of a tokenizer."""

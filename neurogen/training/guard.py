@@ -37,9 +37,10 @@ class Guard:
             limits = self.limits()
             skipped = skipped | (values > limits).any()
             extended = torch.cat([self._history[:, 1:], torch.minimum(values, limits)[:, None]], dim=1)
-            self._history = torch.where(finite, extended, self._history)
-            self._count = self._count + finite
-        self._streak = torch.where(skipped, self._streak + 1, torch.zeros_like(self._streak))
+            # In place, so that a recorded step finds them where they were.
+            self._history.copy_(torch.where(finite, extended, self._history))
+            self._count.add_(finite)
+        self._streak.copy_(torch.where(skipped, self._streak + 1, torch.zeros_like(self._streak)))
         return skipped.to(torch.float32)
 
     def limits(self) -> Tensor:

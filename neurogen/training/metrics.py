@@ -143,9 +143,11 @@ class MetricsWriter:
     def close(self) -> None:
         """Sync and close; closing twice is fine."""
         if self._descriptor >= 0:
-            os.fsync(self._descriptor)
-            os.close(self._descriptor)
-            self._descriptor = -1
+            descriptor, self._descriptor = self._descriptor, -1
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def __enter__(self) -> "MetricsWriter":
         return self

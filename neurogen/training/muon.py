@@ -86,25 +86,31 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         assert closure is None, "Muon takes no closure"
         for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = {}
             for param in group["params"]:
                 if param.grad is not None:
-                    self._update(param, param.grad, group)
+                    alike.setdefault(param.shape, []).append(param)
+            for params in alike.values():
+                self._update(params, group)
 
-    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[param]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(param)
-        old: Tensor = state["momentum_buffer"]
-        new = old.lerp(grad, 1.0 - group["momentum"])
-        direction = grad.lerp(new, group["momentum"]) if group["nesterov"] else new
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Move parameters of one shape, whose matrices are orthogonalised in one batch."""
+        for param in params:
+            if not self.state[param]:
+                self.state[param]["momentum_buffer"] = torch.zeros_like(param)
+        old = [self.state[param]["momentum_buffer"] for param in params]
+        grads = [param.grad for param in params if param.grad is not None]  # all of them, see step
+        new = torch._foreach_lerp(old, grads, 1.0 - group["momentum"])
+        direction = torch._foreach_lerp(grads, new, group["momentum"]) if group["nesterov"] else new
         # A matrix is orthogonal as a whole: every process works on all of it and keeps its own part.
-        matrices = whole(direction).unflatten(-2, (group["num_stacked"], -1))
-        update = orthogonalize(matrices, num_iterations=group["num_iterations"]).flatten(-3, -2)
-        update = shard_like(update, param)
+        matrices = torch.stack([whole(each) for each in direction]).unflatten(-2, (group["num_stacked"], -1))
+        updates = orthogonalize(matrices, num_iterations=group["num_iterations"]).flatten(-3, -2)
         scale = ADAMW_UPDATE_RMS * math.sqrt(max(matrices.shape[-2:]))
-        moved = param * (1.0 - group["lr"] * group["weight_decay"]) - update * (group["lr"] * scale)
-        if self.found_inf is not None:
-            skip = self.found_inf.bool()
-            new, moved = torch.where(skip, old, new), torch.where(skip, param, moved)
-        old.copy_(new)
-        param.copy_(moved)
+        skip = None if self.found_inf is None else self.found_inf.bool()
+        for param, before, after, update in zip(params, old, new, updates):
+            moved = param * (1.0 - group["lr"] * group["weight_decay"])
+            moved = moved - shard_like(update, param) * (group["lr"] * scale)
+            if skip is not None:
+                after, moved = torch.where(skip, before, after), torch.where(skip, param, moved)
+            before.copy_(after)
+            param.copy_(moved)

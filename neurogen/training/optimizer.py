@@ -7,12 +7,16 @@ only raise its effective rate (OLMo 2, arXiv 2501.00656, leaves embeddings out t
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from kernels.linear import RoundedWeights
 from neurogen.errors import UserError
+from neurogen.training.adamw import Copies, FusedAdamW
 from neurogen.training.distributed import shard_like, whole
 from neurogen.training.muon import Muon
 
@@ -62,6 +66,11 @@ class ModelOptimizer:
         self._names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
         self._peak_rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in optimizers]
         self.rate_scale = 1.0
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                # A recorded step reads the rate where it lies, so it lies on the device.
+                if group["params"][0].is_cuda:
+                    group["lr"] = torch.full((), group["lr"], device=group["params"][0].device)
         held = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
         assert len(held) == len(set(held)) == len(self._names), "each parameter belongs to one group"
 
@@ -70,21 +79,39 @@ class ModelOptimizer:
         self.rate_scale = scale
         for optimizer, rates in zip(self.optimizers, self._peak_rates):
             for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate * scale
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate * scale)
+                else:
+                    group["lr"] = rate * scale
 
     @property
     def learning_rate(self) -> float:
         """The rate of the first group."""
-        return float(self.optimizers[0].param_groups[0]["lr"])
+        return self._peak_rates[0][0] * self.rate_scale
 
-    def step(self, *, skip: Tensor) -> None:
+    def step(self, *, skip: Tensor, grad_factor: Tensor | None = None) -> None:
         """Update every parameter, or nothing at all (moments and step counts included) where the 0-d float `skip` is 1.
 
-        The decision is taken on the device: the host does not wait for it.
+        The decision is taken on the device: the host does not wait for it. `grad_factor`, 0-d, multiplies the
+        gradients; they may be left multiplied.
         """
         for optimizer in self.optimizers:
             optimizer.found_inf = skip  # type: ignore[attr-defined]
+            if isinstance(optimizer, FusedAdamW):
+                optimizer.grad_factor = grad_factor
+            elif grad_factor is not None:
+                torch._foreach_mul_(_grads(optimizer), grad_factor)
             optimizer.step()
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around the recording of a step as a CUDA graph, which at least one plain step has preceded."""
+        fused = [optimizer for optimizer in self.optimizers if isinstance(optimizer, FusedAdamW)]
+        for optimizer in fused:
+            optimizer.prepare_recording()
+        yield
+        for optimizer in fused:
+            optimizer.finish_recording()
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:
@@ -141,13 +168,38 @@ class ModelOptimizer:
             optimizer.state[param][key] = own if key == "step" else shard_like(own, param)
 
 
+def _grads(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    return [param.grad for param in params if param.grad is not None]
+
+
+def rounded_copies(model: nn.Module) -> tuple[dict[Tensor, Tensor], Callable[[], None]]:
+    """The half-precision copies that a model's fused kernels keep of their float32 weights, by weight; and what to call
+    when all of them have been written."""
+    stores = [
+        store
+        for module in model.modules()
+        for store in getattr(module, "rounded_weights", ())
+        if isinstance(store, RoundedWeights) and store.parts
+    ]
+    copies = {weight: part for store in stores for weight, part in store.parts}
+
+    def followed() -> None:
+        for store in stores:
+            store.follow()
+
+    return copies, followed
+
+
 def build_optimizer(model: nn.Module, config: AdamWConfig | MuonConfig) -> ModelOptimizer:
     """The optimiser `config` names, over all parameters of `model`."""
     named = list(model.named_parameters())
     role = {param: parameter_role(name, param) for name, param in named}
     kept = [param for _, param in named if role[param] == OTHER]
     if config.name == "adamw":
-        return ModelOptimizer(model, [_adamw([p for _, p in named if role[p] != OTHER], kept, config, config.lr)])
+        decayed = [p for _, p in named if role[p] != OTHER]
+        # What updates all parameters can keep all copies.
+        return ModelOptimizer(model, [_adamw(decayed, kept, config, config.lr, lambda: rounded_copies(model))])
     assert config.name == "muon", config.name
     hidden = [(name, param) for name, param in named if role[param] == HIDDEN]
     muon = Muon(
@@ -167,13 +219,16 @@ def build_optimizer(model: nn.Module, config: AdamWConfig | MuonConfig) -> Model
 
 
 def _adamw(
-    decayed: list[nn.Parameter], kept: list[nn.Parameter], config: AdamWConfig | MuonConfig, lr: float
-) -> torch.optim.AdamW:
+    decayed: list[nn.Parameter],
+    kept: list[nn.Parameter],
+    config: AdamWConfig | MuonConfig,
+    lr: float,
+    copies: Copies | None = None,
+) -> torch.optim.Optimizer:
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,  # one launch a dtype on CUDA, one loop on a CPU; and it can skip a step on the device
-    )
+    groups = [group for group in groups if group["params"]]
+    betas = (config.beta1, config.beta2)
+    if all(param.is_cuda and type(param.data) is Tensor and param.dtype == torch.float32 for param in decayed + kept):
+        return FusedAdamW(groups, lr, betas=betas, eps=config.eps, copies=copies)
+    # `fused` is one loop on a CPU, and can skip a step without the host.
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps, fused=True)

@@ -58,5 +58,7 @@ class Precision:
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The context a forward pass runs in."""
         if self.name == "bfloat16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+            # A cache of cast weights would be filled while a step is recorded and hold freed memory afterwards.
+            recording = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=not recording)
         return contextlib.nullcontext()

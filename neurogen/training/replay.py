@@ -6,6 +6,7 @@ holds the batch and the brain state that the step read.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import traceback
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 BATCH, BRAIN = "batch/", "brain/"
 PROJECT = Path(__file__).resolve().parents[2]
+PACKAGES = (PROJECT / "neurogen", PROJECT / "kernels")
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,11 @@ class NonFiniteWatch(TorchDispatchMode):
         module = (self._running or [""])[-1] if node is None else self._made_by(node._sequence_nr())
         line = ""
         if node is None:
-            frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(PROJECT)]
+            frames = [
+                frame
+                for frame in traceback.extract_stack()
+                if any(Path(frame.filename).is_relative_to(package) for package in PACKAGES)
+            ]
             frames = [frame for frame in frames if Path(frame.filename) != Path(__file__)]
             if frames:
                 line = f"{Path(frames[-1].filename).relative_to(PROJECT)}:{frames[-1].lineno}"
@@ -169,6 +175,8 @@ def replay(path: str, *, mode: ModeConfig, device: str, dtype: str) -> list[str]
     tensors = bundle.state_tensors.load()
     if BATCH + "input_ids" not in tensors:
         raise UserError(f"{bundle.path}: is a checkpoint without a batch; give a folder that a stopped run left")
+    if mode.name == "auto" and bundle.metadata["config"]["model"].get("name") == "brain":
+        mode = dataclasses.replace(mode, name="unfused")  # a launch hides what happens inside it
     trained = load_trained(str(bundle.path), mode=mode, device=device, dtype=dtype)
     lines = [f"step {bundle.step} of {bundle.path}: {bundle.metadata.get('replay', '')}"]
     lines += [f"warning: {name} random generator not restored" for name in restore_rng(bundle.metadata["rng"])]

@@ -43,7 +43,8 @@ PLACE_KEYS = ("run_dir", "resume")
 
 
 def train(config: Config) -> int:
-    """Train as configured; return the exit code: 0, 130 after Ctrl-C or 143 after SIGTERM (both saved).
+    """Train as configured; return the exit code: 0, 130 after Ctrl-C, 143 after SIGTERM, 74 after a file that the disk
+    refused if trainer.on_save_failure is stop (all saved).
 
     Raises UserError for what the user can mend, before a run directory exists if it can be known by then.
     """
@@ -74,8 +75,10 @@ def _train(config: Config, world: World) -> int:
                 run.rewind(checkpoint.step)
             if config.resume is not None:
                 run.write_config(config_to_dict(config))
-            recorder = Recorder(session, run, logger, display, resumed=config.resume is not None)
+            recorder = Recorder(session, run, logger, display, resumed=config.resume is not None, stop=stop)
         with recorder:
+            if corpus.left_out:
+                recorder.say(corpus.left_out)
             recorder.say(describe(session, run.path, checkpoint))
             state, reason = Trainer(session, recorder).fit(stop)
             saved = recorder.finish(state, reason=reason)

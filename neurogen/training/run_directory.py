@@ -73,6 +73,11 @@ class RunDirectory:
             run.write_config(config)
             run.write_status("running", step=0, tokens=0, seconds=0.0)
             fsync_directory(folder.absolute().parent)
+        except OSError as error:
+            run.close()
+            raise UserError(
+                f"cannot write to run directory {folder}: {error.strerror}; choose another run_dir"
+            ) from error
         except BaseException:
             run.close()
             raise

@@ -2,13 +2,15 @@
 
 The first signal only sets a flag: the trainer ends its step, saves, and leaves with exit code 130 (SIGINT) or 143
 (SIGTERM), 128 plus the signal's number as shells report it. The second one leaves at once, with the same code and
-without saving.
+without saving. A run whose disk refuses a file may ask for the same end itself (74).
 """
 
 import signal
 import threading
 from types import FrameType
 from typing import Any
+
+ASKED_EXIT_CODE = 74  # EX_IOERR of sysexits.h: only a disk that refuses a file makes a run ask
 
 
 class StopRequest:
@@ -19,22 +21,29 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._signal: signal.Signals | None = None
+        self._asked: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has come."""
-        return self._signal is not None
+        """Whether a signal has come, or the program has asked for the end itself."""
+        return self._signal is not None or self._asked is not None
 
     @property
     def name(self) -> str | None:
-        """ "SIGINT", "SIGTERM" or None."""
-        return None if self._signal is None else self._signal.name
+        """ "SIGINT", "SIGTERM", what the program called its own reason, or None."""
+        return self._asked if self._signal is None else self._signal.name
 
     @property
     def exit_code(self) -> int:
-        """130 after SIGINT, 143 after SIGTERM, 0 when no signal has come."""
-        return 0 if self._signal is None else 128 + self._signal
+        """130 after SIGINT, 143 after SIGTERM, 74 where the program asked, 0 when nothing has."""
+        if self._signal is not None:
+            return 128 + self._signal
+        return 0 if self._asked is None else ASKED_EXIT_CODE
+
+    def ask(self, reason: str) -> None:
+        """Ask for the end as a first signal would. `reason` reads well before "received"."""
+        self._asked = self._asked or reason
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signal is None:

@@ -18,6 +18,7 @@ from neurogen.errors import UserError
 from neurogen.training.dry_run import check_memory
 from neurogen.training.evaluation import evaluate
 from neurogen.training.flops import model_flops_utilization, peak_memory_bytes
+from neurogen.training.recorded import Pace, RecordedUpdate, can_record
 from neurogen.training.recorder import Recorder, SilentRecorder
 from neurogen.training.replay import bundle_arguments
 from neurogen.training.rng import capture_torch_rng
@@ -61,6 +62,8 @@ class Trainer:
             spread=session.spread,
             learning=session.learning,
         )
+        self._recorded = RecordedUpdate(self.update) if self._records() else None
+        self._pace = Pace(session.precision.device)
         self.clock = Stopwatch(session.precision.device, seconds=session.progress.seconds)
         self._step_tokens = session.config.data.lanes * session.config.data.window
         self._interval = (session.progress.tokens, session.progress.seconds)
@@ -93,6 +96,18 @@ class Trainer:
             if ending is not None:
                 return ending
 
+    def _records(self) -> bool:
+        """Whether steps are recorded as a CUDA graph. Raises UserError if they should be and cannot."""
+        if self.config.cuda_graph is False:
+            return False
+        possible = can_record(self.update)
+        if self.config.cuda_graph and not possible:
+            raise UserError(
+                "trainer.cuda_graph=true: a step can be recorded in one process on a GPU, with mode=fused and "
+                "learning=bptt; change those, or leave it null"
+            )
+        return possible
+
     def _step(self) -> None:
         """One update on the next window of every lane."""
         session, progress = self.session, self.session.progress
@@ -100,7 +115,12 @@ class Trainer:
         session.optimizer.set_rate_scale(learning_rate_scale(session.config.schedule, share, step=progress.step))
         self._parts = split_batch(next(session.batches), self.config.accumulation)
         self._read, self._rng = session.states, capture_torch_rng()
-        result = self.update(self._parts, session.states)
+        if self._recorded is None:
+            result = self.update(self._parts, session.states)
+        else:
+            result = self._recorded(self._parts, session.states)
+            self._read = self._recorded.states_read
+        self._pace.keep()
         if session.carries_state:
             session.states = list(result.states)
         session.meter.add(result)

@@ -18,6 +18,7 @@ from neurogen.brain import BrainState
 from neurogen.data import Batch
 from neurogen.data.batches import IGNORE
 from neurogen.learning import BPTT, LearningRule
+from neurogen.probes import stage
 from neurogen.training.distributed import SINGLE, World, whole
 from neurogen.training.guard import Guard
 from neurogen.training.optimizer import ModelOptimizer
@@ -25,6 +26,9 @@ from neurogen.training.precision import Precision
 
 if TYPE_CHECKING:
     from neurogen.models import LanguageModel
+
+
+CLIP_EPS = 1e-6  # as torch's own clipping has it
 
 
 @dataclass(frozen=True)
@@ -97,13 +101,15 @@ class Update:
         """
         self.optimizer.zero_grad()
         result = self.backward(batches, states)
-        skipped = self.guard.judge(result.loss, result.grad_norm)
-        self.optimizer.step(skip=skipped)
+        with stage("learn"):
+            skipped = self.guard.judge(result.loss, result.grad_norm)
+            factor = (self.clip_norm / (result.grad_norm + CLIP_EPS)).clamp_max(1.0)
+            self.optimizer.step(skip=skipped, grad_factor=factor)
         return dataclasses.replace(result, skipped=skipped)
 
     def backward(self, batches: Sequence[Batch], states: Sequence[BrainState | None]) -> StepResult:
-        """Everything of a step but the update: gradients are left, clipped, in the parameters."""
-        counts = [_count(batch) for batch in batches]
+        """Everything of a step but the update: gradients are left, not clipped yet, in the parameters."""
+        counts = [count_targets(batch) for batch in batches]
         num_targets = self.world.sum_count(sum(counts))
         losses, correct, ends, healths = [], [], [], []
         for index, (batch, state, count) in enumerate(zip(batches, states, counts)):
@@ -119,7 +125,7 @@ class Update:
             ends.append(_finite(out.state))
             healths.append(out.health)
         loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.precision.device)
-        grad_norm = self._clip()
+        grad_norm = self._grad_norm()
         health = {name: torch.stack([each[name].float() for each in healths]).mean() for name in healths[0]}
         num_correct = torch.stack(correct).sum()
         if self.world.size > 1:
@@ -129,11 +135,10 @@ class Update:
         skipped = torch.zeros((), device=self.precision.device)
         return StepResult(loss, num_correct, num_targets, grad_norm, skipped, health, ends)
 
-    def _clip(self) -> Tensor:
-        """Scale the gradients down to `clip_norm`; return their global norm of before."""
+    def _grad_norm(self) -> Tensor:
+        """The global norm of all gradients."""
         grads = [param.grad for param in self._params if param.grad is not None]
         grad_norm = whole(nn.utils.get_total_norm(grads, error_if_nonfinite=False))
-        nn.utils.clip_grads_with_norm_(self._params, self.clip_norm, grad_norm)
         return grad_norm.to(self.precision.device)
 
 
@@ -154,7 +159,8 @@ def _counts(batch: Batch) -> np.ndarray:
     return (batch.target_ids != IGNORE).sum(1).cpu().numpy()
 
 
-def _count(batch: Batch) -> int:
+def count_targets(batch: Batch) -> int:
+    """How many targets of a batch count."""
     return int(_counts(batch).sum())
 
 

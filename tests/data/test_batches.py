@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neurogen.data import DataConfig, LaneBatches, RandomBatches, TokenStream, make_batches, validation_batches
+from neurogen.data.batches import count_targets, expand, foreign_targets, host_batch
 from neurogen.errors import UserError
 
 START = 999
@@ -237,3 +238,36 @@ def test_config_decides_the_kind():
     assert isinstance(random, RandomBatches)
     assert next(random).input_ids.shape == (2, 3)
     assert next(random).to("cpu").target_ids.shape == (2, 3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lanes=st.integers(1, 4),
+    window=st.integers(1, 9),
+    seed=st.integers(0, 999),
+    start_id=st.sampled_from([None, 3, 999]),
+    dtype=st.sampled_from([np.uint8, np.uint16, np.uint32]),
+)
+def test_a_window_becomes_the_same_batch_on_the_host_and_on_a_device(lanes, window, seed, start_id, dtype):
+    rng = np.random.default_rng(seed)
+    stored = rng.integers(0, 5, (lanes, window + 3), dtype=dtype)
+    marks = rng.random((lanes, window + 3)) < 0.3
+    ids, resets = stored[:, 1 : window + 2], marks[:, 1 : window + 2]  # columns of a block, as readers serve them
+    targets = [
+        [-100 if resets[b, t + 1] and ids[b, t + 1] != start_id else int(ids[b, t + 1]) for t in range(window)]
+        for b in range(lanes)
+    ]
+    on_host = host_batch(ids, resets, start_id)
+    on_device = expand(torch.from_numpy(ids), torch.from_numpy(resets), start_id)
+    for batch in (on_host, on_device):
+        assert batch.input_ids.tolist() == ids[:, :-1].tolist()
+        assert batch.target_ids.tolist() == targets
+        assert batch.document_start.tolist() == resets[:, :-1].tolist()
+        assert batch.input_ids.dtype == batch.target_ids.dtype == torch.int64
+        assert all(t.is_contiguous() for t in (batch.input_ids, batch.target_ids, batch.document_start))
+    counted = count_targets(ids, foreign_targets(ids, resets, start_id)).tolist()
+    assert on_host.num_targets.tolist() == counted == [sum(t != -100 for t in row) for row in targets]
+    starts = resets[:, :-1].tolist()
+    stored[:], marks[:] = 1, ~marks  # the reader goes on: what was handed out is the batch's own
+    assert on_host.target_ids.tolist() == targets
+    assert on_host.document_start.tolist() == starts

@@ -1,5 +1,6 @@
 """From files to streams: contents, order, split, faults, and what the cache holds afterwards."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import zstandard
 from neurogen.data import ByteTokenizer, DataConfig, LaneBatches, build_corpus, open_corpus, text_corpus
 from neurogen.data import documents as documents_module
 from neurogen.data.sources import find_sources, stdlib_sources
+from neurogen.data.stream import StreamWriter
 from neurogen.errors import UserError
 
 DOCS = ["first article\n", "second, with ünïcode 世界", "third\n\n\nwith gaps", "x" * 300, "the last one"]
@@ -155,8 +157,8 @@ FAULTS = {
     "no object": ("a.jsonl", b'"text"\n', r"a\.jsonl line 1 has no text"),
     "no json": ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', r"a\.jsonl line 2 is not JSON"),
     "empty text": ("a.jsonl", b'{"text": "a"}\n{"text": ""}\n', r"a\.jsonl line 2 has an empty 'text'"),
-    "truncated zst": ("a.jsonl.zst", zstandard.compress(b"[" * 99)[:-4], r"a\.jsonl\.zst is cut short"),
-    "no zst": ("a.jsonl.zst", b'{"text": "plain"}\n', r"a\.jsonl\.zst is not a sound zst file"),
+    "truncated zst": ("a.jsonl.zst", zstandard.compress(b"[" * 99)[:-4], r"zst line 1: the zst file is cut short"),
+    "no zst": ("a.jsonl.zst", b'{"text": "plain"}\n', r"zst line 1: the zst file is damaged"),
 }  # fmt: skip
 
 
@@ -171,6 +173,19 @@ def test_faults_in_one_line_and_nothing_left(tmp_path, fault, split):
         build_corpus(config, tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert leftovers(tmp_path / "cache") == []
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_left(tmp_path, monkeypatch):
+    def refuse(self, ids):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    monkeypatch.setattr(StreamWriter, "write", refuse)
+    with pytest.raises(UserError, match=r"cannot build the corpus in .*cache: No space left .*; set data\.cache_dir"):
+        build_corpus(text_config(tmp_path / "a.txt"), tmp_path / "cache")
+    assert leftovers(tmp_path / "cache") == []
+    monkeypatch.undo()
+    build_corpus(text_config(tmp_path / "a.txt"), tmp_path / "cache")
 
 
 def test_skipped_and_replaced_text_is_counted(tmp_path):
@@ -237,7 +252,7 @@ def test_the_cache_is_used_and_follows_files_and_settings(tmp_path, monkeypatch)
     again = build_corpus(text_config(path, lanes=3, window=5, batching="random"), cache)
     assert again.fingerprint == first.fingerprint
     np.testing.assert_array_equal(again.train.tokens, first.train.tokens)
-    assert isinstance(again.train.tokens, np.memmap)
+    assert isinstance(again.train.tokens.base, np.memmap)
     monkeypatch.undo()
     other = build_corpus(text_config(path, validation_bytes=20), cache)
     assert other.fingerprint != first.fingerprint

@@ -65,6 +65,12 @@ def test_the_same_batches_and_the_readers_position(kind, depth):
 @pytest.mark.parametrize("kind", [LaneBatches, RandomBatches])
 def test_the_same_batches_on_a_gpu(kind):
     check("cuda", kind, 2)
+    with Prefetcher(make(kind), "cuda") as batches:
+        for _ in range(20):
+            next(batches)
+        torch.cuda.synchronize()
+        assert 0 <= batches.wait_seconds < 10
+        assert not batches._gpu_waits
 
 
 def test_resume_from_a_position():
@@ -98,6 +104,27 @@ def test_stalls_are_counted():
             time.sleep(0.05)
             next(batches)
         assert batches.num_stalls == 0
+
+
+def test_what_the_gpu_waits_is_added_once_it_is_known():
+    class Event:
+        def __init__(self, at, done):
+            self.at, self.done = at, done
+
+        def query(self):
+            return self.done
+
+        def elapsed_time(self, later):
+            return later.at - self.at  # milliseconds
+
+    with Prefetcher(make(), "cpu") as batches:
+        on_host = batches.wait_seconds
+        late = Event(900.0, False)
+        batches._gpu_waits.extend([(Event(0.0, True), Event(250.0, True)), (Event(300.0, True), late)])
+        assert batches.wait_seconds - on_host == pytest.approx(0.25)
+        late.done = True
+        assert batches.wait_seconds - on_host == pytest.approx(0.85)
+        assert batches.wait_seconds - on_host == pytest.approx(0.85)
 
 
 def test_a_failure_in_the_thread_reaches_the_reader():

@@ -13,6 +13,7 @@ from neurogen.data import TokenStream
 from neurogen.data import batches as batches_module
 from neurogen.data.shards import ShardedTokens, ShardStream
 from neurogen.data.shuffle import ShuffledLaneBatches
+from neurogen.data.stream import windows_of
 from neurogen.errors import UserError
 
 START = 60000
@@ -143,3 +144,18 @@ def test_sharded_tokens_slice_like_one_array(lengths, data):
     stop = data.draw(st.integers(0, len(joined) + 3))
     np.testing.assert_array_equal(tokens[start:stop], joined[start:stop])
     assert tokens[start:stop].dtype == np.uint16
+
+
+@given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=6), length=st.integers(1, 6), data=st.data())
+def test_windows_are_slices_whatever_files_they_lie_in(lengths, length, data):
+    arrays = [np.arange(10 * i, 10 * i + n, dtype=np.uint8) for i, n in enumerate(lengths)]
+    joined = np.concatenate(arrays)
+    if len(joined) < length:
+        return
+    starts = np.array(data.draw(st.lists(st.integers(0, len(joined) - length), min_size=1, max_size=8)), np.int64)
+    expected = [joined[start : start + length].tolist() for start in starts]
+    nested = ShardedTokens([ShardedTokens(arrays), joined], dtype=np.dtype(np.uint16))
+    for tokens in (joined, ShardedTokens(arrays), nested):
+        windows = windows_of(tokens, starts, length)
+        assert windows.tolist() == expected
+        assert windows.dtype == tokens.dtype

@@ -1,6 +1,7 @@
 """SlimPajama's format from local shards, and from the hub with its library replaced by a list."""
 
 import json
+import os
 import sys
 import types
 
@@ -85,6 +86,24 @@ def test_the_hub_gives_the_same_records(tmp_path, hub, monkeypatch):
     assert trained.tokenizer.vocab_size == 262
 
 
+def test_a_mirror_of_the_hub(tmp_path, hub, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://huggingface.co")
+    mirror = "https://hub.example"
+    config = slimpajama(max_chunks=1, tokens_per_chunk=200, dataset_mirror=mirror)
+    monkeypatch.delitem(sys.modules, "huggingface_hub.constants", raising=False)
+    build_corpus(config, tmp_path / "cache")
+    assert os.environ["HF_ENDPOINT"] == mirror
+    read = hub["read"]
+    build_corpus(slimpajama(max_chunks=1, tokens_per_chunk=200), tmp_path / "cache")
+    assert hub["read"] == 2 * read  # another hub is another source
+    constants = types.ModuleType("constants")
+    constants.ENDPOINT = "https://huggingface.co"
+    monkeypatch.setitem(sys.modules, "huggingface_hub.constants", constants)
+    with pytest.raises(UserError, match=r"hub\.example comes too late: .*set HF_ENDPOINT") as caught:
+        build_corpus(config, tmp_path / "other")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_record_without_text_is_named(tmp_path, hub, monkeypatch):
     monkeypatch.setitem(RECORDS[4], "text", None)
     with pytest.raises(UserError, match="some/mirror record 5 has no text under 'text'"):
@@ -117,6 +136,7 @@ def test_no_package(tmp_path, monkeypatch):
         ({}, "data.max_chunks is null"),
         ({"max_chunks": 0}, "data.max_chunks"),
         ({"max_chunks": 1, "split": "tail"}, "data.split"),
+        ({"max_chunks": 1, "dataset_mirror": "hf-mirror"}, "data.dataset_mirror is 'hf-mirror'"),
     ],
 )
 def test_bad_settings(changes, named):

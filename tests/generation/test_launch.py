@@ -45,7 +45,7 @@ def make_request(
     model: NeuroGen, num_lanes: int, num_tokens: int, stop: tuple[int, ...] = (), **sampling: float
 ) -> Request:
     ids = torch.randint(0, model.vocab_size, (num_lanes, 4), generator=torch.Generator().manual_seed(5))
-    state = model.forward(ids).state
+    state = model.forward(ids.to(model.device)).state
     prompt = torch.tensor(brains.random_prompts([3] * num_lanes))
     return Request(
         input_ids=prompt.to(model.device),

@@ -293,6 +293,8 @@ def test_cuda_graph():
     first, cotangents = random_arguments(9, 40, 2, 64, dtype=torch.bfloat16, device="cuda", seed=13)
     second, _ = random_arguments(9, 40, 2, 64, dtype=torch.bfloat16, device="cuda", seed=14)
     static = leaves(first)
+    # A leaf, not a view of one: the view was made on another stream, and its backward pass runs where it was made.
+    static = static._replace(drive=static.drive.detach().requires_grad_())
     tensors = (static.drive, static.lateral_weight, static.decay, *static.state)
 
     def step():

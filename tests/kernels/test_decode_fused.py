@@ -8,6 +8,7 @@ from test_decode_reference import make_inputs
 import kernels.decode.fused as fused
 from kernels.decode import decode
 from kernels.decode.rows import scale_
+from kernels.linear import RoundedWeights
 
 
 def run(backend, inputs, *, upstream=1.0, device="cpu", dtype=None, weight_dtype=None):
@@ -68,6 +69,16 @@ def test_vocabulary_sizes(vocab_size, monkeypatch):
     inputs = make_inputs(num_tokens=3, width=5, vocab_size=vocab_size)
     poison_new_memory(monkeypatch)
     check(inputs)
+
+
+def test_a_kept_copy_of_the_weight_is_used_and_follows_it():
+    hidden, weight, target_ids = make_inputs(dtype=torch.float32)
+    store, weight = RoundedWeights(), weight.clone()
+    for _ in range(2):
+        out = decode(hidden.half(), weight, target_ids, rounded=store, backend="fused")
+        expected = decode(hidden.half(), weight.half().float(), target_ids)
+        assert relative_error(out.loss, expected.loss) < 1e-3
+        weight += 1.0
 
 
 def test_upstream_gradient_scales():
@@ -153,7 +164,8 @@ def test_operators_are_well_formed():
     hidden.requires_grad_(), weight.requires_grad_()
     # Not the check of compilation, which takes the gradients among the outputs too, as no caller does; see below.
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(fused.decode_forward, (hidden, weight, target_ids, -100, True, True), test_utils=utils)
+    arguments = (hidden, weight, weight.detach().clone(), target_ids, -100, True, True, 0)
+    torch.library.opcheck(fused.decode_forward, arguments, test_utils=utils)
     torch.library.opcheck(scale_, (torch.ones(3), torch.tensor(2.0)))
 
 

@@ -10,7 +10,7 @@ import pytest
 PROGRAM = """
 import inspect, json, sys
 import torch
-from kernels.memory import chunk_backward, chunk_forward
+from kernels.memory import chunk_backward, chunk_forward, chunk_gradient
 from kernels.memory.launch_table import launch_table
 from kernels.offline import compile_kernel
 
@@ -20,7 +20,7 @@ KERNELS = {
     "forward": chunk_forward.memory_forward_kernel,
     "recompute": chunk_forward.memory_forward_kernel,
     "state_gradient": chunk_backward.memory_state_gradient_kernel,
-    "gradient": chunk_backward.memory_gradient_kernel,
+    "gradient": chunk_gradient.memory_gradient_kernel,
 }
 
 
@@ -46,7 +46,7 @@ def resources(name, capability, dtype, width, delta):
             signature[argument] = "*i8" if argument == "start_ptr" else "*fp32" if argument in FLOAT32 else pointer
         else:
             signature[argument] = "fp32" if argument == "eps" else "i32"
-            if "stride" in argument and argument.split("_")[0] in ("query", "key", "value", "output"):
+            if "stride" in argument and argument.split("_")[0] in ("query", "key", "value", "output", "input"):
                 aligned.append(argument)
     used, code = compile_kernel(
         kernel,
@@ -55,6 +55,7 @@ def resources(name, capability, dtype, width, delta):
         capability=capability,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        max_registers=launch.max_registers,
         divisible=aligned,
     )
     return [*used, code.count("HGMMA"), code.count("LDG.E.128") + code.count("LDGSTS.E.BYPASS.128")]
@@ -65,12 +66,19 @@ print(json.dumps([resources(n, c, getattr(torch, d), w, r) for n, c, d, w, r in 
 """
 
 Case = tuple[str, int, str, int, bool]
-# Four to six registers that go to the stack once a chunk of some two thousand instructions; see also test_whole_table.
+# Bytes a thread that go to the stack, of programs of two to nine thousand instructions: where a limit on registers lets
+# another program run beside one, or where a program holds a whole head of 128.
 STACK_ALLOWED = {
-    ("forward", 90, "bfloat16", 128, False): 24,
-    ("forward", 90, "bfloat16", 128, True): 24,
-    ("gradient", 89, "bfloat16", 128, True): 48,
-    ("gradient", 90, "bfloat16", 128, True): 24,
+    ("forward", 90, "bfloat16", 64, True): 256,
+    ("forward", 90, "bfloat16", 128, False): 128,
+    ("forward", 90, "bfloat16", 128, True): 640,
+    ("recompute", 90, "bfloat16", 128, False): 128,
+    ("recompute", 90, "bfloat16", 128, True): 64,
+    ("state_gradient", 90, "bfloat16", 128, False): 160,
+    ("state_gradient", 90, "bfloat16", 128, True): 384,
+    ("gradient", 90, "bfloat16", 64, False): 256,
+    ("gradient", 90, "bfloat16", 128, False): 384,
+    ("gradient", 90, "bfloat16", 128, True): 512,
 }
 SHARED = {89: 99 * 1024, 90: 227 * 1024}
 
@@ -84,9 +92,7 @@ def check(cases: list[Case]) -> None:
         _, stack, shared, num_wgmma, num_wide_loads = result
         name, capability, dtype, width, _ = case
         assert shared <= SHARED[capability], (case, shared)
-        if dtype == "float32" and name == "gradient":
-            continue  # full-precision products are not for speed; this one keeps more than the registers hold
-        assert stack <= STACK_ALLOWED.get(case, 0), (case, stack)
+        assert stack <= STACK_ALLOWED.get(case, 16), (case, stack)
         if dtype == "bfloat16" and width >= 64:
             assert num_wide_loads > 0, case
             assert num_wgmma > 0 or capability != 90 or name == "inverse", case

@@ -5,10 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from kernels.launch import INTERPRETED
 from kernels.memory import RULES, memory
-from kernels.memory.fused import memory_forward
+from kernels.memory.fused import memory_backward, memory_backward_into, memory_forward
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # Norm of the difference over the norm of the float64 result: outputs, gradients.
@@ -167,11 +169,23 @@ def test_extreme_forgetting(rule: str, logit: float) -> None:
 
 
 def test_decay_after_much_forgetting_is_exact() -> None:
-    """Tokens that forget everything must not cost the ones after them in the chunk their digits."""
+    """Tokens that forget everything must not cost the ones after them in the chunk their digits.
+
+    Their own logits have no gradient, found as the difference of numbers near one.
+    """
     arguments = draw("hebbian", 1, 16, 1, 16)
     arguments[3][:, :12] = -60.0
     arguments[3][:, 12:] = 6.0
-    check(arguments, None, rule="hebbian")
+    outputs, grads = evaluate(arguments, None, rule="hebbian", backend="fused")
+    expected_outputs, expected_grads = evaluate(
+        arguments, None, rule="hebbian", backend="reference", dtype=torch.float64
+    )
+    assert expected_grads[3][:, :12].abs().max() < 1e-12
+    assert grads[3][:, :12].abs().max() < 1e-5
+    pairs = [*zip(outputs, expected_outputs, strict=True), *zip(grads, expected_grads, strict=True)]
+    pairs[5] = (grads[3][:, 12:], expected_grads[3][:, 12:])
+    for actual, expected in pairs:
+        assert relative_error(actual, expected) < 1e-5
 
 
 def test_repeated_keys_keep_the_delta_rule_stable() -> None:
@@ -207,6 +221,21 @@ def test_layouts_do_not_matter(rule: str) -> None:
     assert torch.equal(actual[1], expected[1])
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_go_into_parts_of_one_tensor(rule: str) -> None:
+    arguments = [*draw(rule, 2, 37, 2, 16), draw_starts(2, 37)]
+    output, _, inverse = memory_forward(*arguments, 1e-6)
+    expected = memory_backward(*arguments, inverse, output, None, 1e-6)
+    wide = torch.empty(2, 37, 4 * 32)
+    parts = tuple(x.unflatten(-1, (2, 16)) for x in wide.chunk(4, dim=-1))
+    others = memory_backward_into(*arguments, inverse, output, None, 1e-6, out=parts[:3])
+    for actual, wanted in zip((*parts[:3], *others), expected, strict=True):
+        assert torch.equal(actual, wanted)
+    assert parts[3].isnan().all()
+    with pytest.raises(ValueError, match="equal strides"):
+        memory_backward_into(*arguments, inverse, output, None, 1e-6, out=(*parts[:2], parts[2].contiguous()))
+
+
 def test_refuses_by_name() -> None:
     arguments = draw("hebbian", 1, 4, 1, 16)
     with pytest.raises(ValueError, match="head width is 24"):
@@ -221,6 +250,26 @@ def test_operator_is_registered_soundly(rule: str) -> None:
     leaves = [None if x is None else x.clone().requires_grad_() for x in arguments]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(memory_forward, (*leaves, draw_starts(1, 18), 1e-6), test_utils=tests)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_traces_with_symbolic_shapes(rule: str) -> None:
+    """Sizes that are symbols cannot be looked up in the launch table as they are."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+
+    def symbolic(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * x.dim())
+        return mode.from_tensor(x, symbolic_context=context)
+
+    arguments = [symbolic(x) for x in draw(rule, 2, 100, 2, 64, torch.bfloat16)]
+    with mode:
+        output, state, inverse = memory_forward(*arguments, None, 1e-6)
+        grads = memory_backward(*arguments, None, inverse, output, None, 1e-6)
+    assert output.shape[-1] == 64
+    assert state.dtype == torch.float32
+    assert len(grads) == 6
 
 
 @pytest.mark.gpu

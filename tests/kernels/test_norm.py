@@ -87,6 +87,14 @@ def test_types():
     assert torch.autograd.grad(out.total.sum(), delta)[0].dtype == torch.float16
 
 
+def test_the_gradient_of_a_half_precision_delta_is_the_workspace_gradient_rounded_once():
+    x, delta, grad_total, grad_normed = (z.float() for z in make_inputs((3, 8)))
+    leaves = x.requires_grad_(), delta.half().requires_grad_()
+    outputs = add_norm(*leaves, backend="fused")
+    grad_x, grad_delta = torch.autograd.grad(outputs, leaves, (grad_total, grad_normed))
+    assert torch.equal(grad_delta, grad_x.half())
+
+
 def test_not_contiguous():
     x, delta = torch.randn(8, 3).t(), torch.randn(8, 3).t()
     for actual, expected in zip(add_norm(x, delta, backend="fused"), add_norm(x, delta), strict=True):
@@ -96,18 +104,19 @@ def test_not_contiguous():
 def test_operators_are_well_formed():
     x, delta = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
     torch.library.opcheck(add_norm_forward, (x, delta, 1e-6, torch.float32))
-    torch.library.opcheck(add_norm_backward, (delta, delta, x.detach(), 1e-6))
+    torch.library.opcheck(add_norm_backward, (delta, delta, x.detach(), torch.ones(3), torch.float32, torch.float16))
 
 
 def test_no_spills():
-    forward = {"x_ptr": "*fp32", "delta_ptr": "*bf16", "total_ptr": "*fp32", "normed_ptr": "*bf16"}
-    backward = {"grad_total_ptr": "*fp32", "grad_normed_ptr": "*bf16", "total_ptr": "*fp32", "grad_x_ptr": "*fp32"}
-    rest = {"num_rows": "i32", "eps": "fp32"}
+    rest = {"normed_ptr": "*bf16", "inverse_rms_ptr": "*fp32", "num_rows": "i32"}
+    forward = {"x_ptr": "*fp32", "delta_ptr": "*bf16", "total_ptr": "*fp32", "eps": "fp32"}
+    backward = {"grad_total_ptr": "*fp32", "grad_normed_ptr": "*bf16", "grad_x_ptr": "*fp32", "grad_delta_ptr": "*bf16"}
+    both = {"HAS_GRAD_TOTAL": True, "HAS_GRAD_DELTA": True}
     tile = {"D": 1536, "BLOCK_R": 2, "BLOCK_D": 2048}
     module = "kernels.norm.fused"
     cases = [
         CompileCase(module, "add_norm_forward_kernel", forward | rest, tile | {"HAS_DELTA": True}, 8),
-        CompileCase(module, "add_norm_backward_kernel", backward | rest, tile | {"HAS_GRAD_TOTAL": True}, 8),
+        CompileCase(module, "add_norm_backward_kernel", backward | rest, tile | both, 8),
     ]
     check_compiled(cases)
 

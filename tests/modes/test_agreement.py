@@ -53,7 +53,7 @@ def sequence(case: Case, model: NeuroGen) -> tuple[Tensor, Tensor, Tensor | None
     if case.carried:
         past = torch.randint(model.vocab_size, (case.lanes, 5), generator=generator)
         with torch.no_grad():
-            state = model(past).state
+            state = model(past.to(model.device)).state
     return ids, targets, starts, state
 
 

@@ -126,6 +126,36 @@ def test_evaluate_another_text_with_the_checkpoints_vocabulary(
     )
 
 
+def test_texts_too_short_to_say_anything(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Less than a window to evaluate, or less than one a lane to train on: one line, and nothing half made."""
+    (trained / "short.txt").write_text("hello")
+    arguments = ["checkpoint=runs/a", "data=text", "data.path=short.txt"]
+    code, out, err = run_here("evaluate.py", *arguments, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: data: its validation part has 2 tokens, no more than one window of 16")
+    words = ["experiment=test", "data=text", "data.path=short.txt", "run_dir=runs/short"]
+    code, out, err = run_here("train.py", *words, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "the train stream has 5 tokens, but 4 lanes of window 16 need 64" in err
+    assert not (trained / "runs/short").exists()
+    assert all((entry / "manifest.json").is_file() for entry in (trained / "cache").iterdir())
+
+
+def test_what_is_left_out_is_said(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps({"text": TEXT[:200]})] * 40
+    lines[3], lines[5], lines[7] = '{"text": ""}', "{", '{"body": 1}'
+    (trained / "gaps.jsonl").write_text("\n".join(lines))
+    words = ["experiment=test", "data=text", "data.path=gaps.jsonl", "data.empty_documents=skip", "data.bad_lines=skip"]
+    words += ["run_dir=runs/gaps", "trainer.max_steps=1", "trainer.evaluate_every=0", "trainer.sample_every=0"]
+    code, _, err = run_here("train.py", *words, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0
+    assert "data: skipped_empty 1, skipped_bad_line 2; 37 documents are read" in err
+
+
 @pytest.mark.parametrize("prompt", ["", "def f(x): return {'a': ${b}, **c}  # é\n"])
 def test_generate_continues_any_prompt(
     prompt: str, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -2,9 +2,10 @@
 
     python killed_runs.py FOLDER SEED NAME NUM_KILLS OVERRIDES...
 
-Prints one JSON line: the points at which runs were killed, and how often a start found a checkpoint. FOLDER/whole and
-FOLDER/killed are the run directories of a run that was let alone and of one that was killed. Children are forked from a
-process that has one thread and everything imported: a kill costs a fraction of a second.
+Prints one JSON line: the points at which runs were killed, how often a start found a checkpoint, and how many runs it
+took. FOLDER/NAME_whole is the directory of a run that was let alone, FOLDER/NAME_killed0 of one that was killed; one
+that gets to its end before NUM_KILLS kills is followed by NAME_killed1, and so on. Children are forked from a process
+that has one thread and everything imported: a kill costs a fraction of a second.
 """
 
 import json
@@ -93,19 +94,22 @@ def main() -> None:
     draw = random.Random(int(seed))
     status, _, num_points = train([*overrides, f"run_dir={name}_whole"], die_at=None)
     assert status == 0, status
-    killed = [*overrides, f"run_dir={name}_killed", "resume=auto"]
-    points, resumed = [], 0
-    for _ in range(int(num_kills)):
-        status, where, _ = train(killed, die_at=draw.randrange(1, num_points))
-        resumed += checkpoint.find_latest(Path(f"{name}_killed/checkpoints")) is not None
-        points.append(where)
+    points: list[str] = []
+    starts_resumed = number = 0
+    while True:
+        folder_name = f"{name}_killed{number}"
+        starts_resumed += checkpoint.find_latest(Path(folder_name) / "checkpoints") is not None
+        die_at = draw.randrange(1, num_points) if len(points) < int(num_kills) else None
+        status, where, _ = train([*overrides, f"run_dir={folder_name}", "resume=auto"], die_at=die_at)
         if os.WIFEXITED(status):
             assert status == 0, status
-            break
-        assert os.WTERMSIG(status) == signal.SIGKILL, status
-    status, _, _ = train(killed, die_at=None)
-    assert status == 0, status
-    print(json.dumps({"points": points, "resumed": resumed}))
+            number += 1
+            if len(points) == int(num_kills):
+                break
+        else:
+            assert os.WTERMSIG(status) == signal.SIGKILL, status
+            points.append(where)
+    print(json.dumps({"points": points, "resumed": starts_resumed, "runs": number}))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import checkpoint_faults
 import pytest
+import small_file_system
 import torch
 
 from neurogen.training import checkpoint
@@ -91,17 +90,8 @@ def test_a_real_write_error_leaves_the_last_good_checkpoint(tmp_path: Path) -> N
     assert_whole(tmp_path, step=1)
 
 
-def in_a_small_file_system(folder: Path) -> tuple[str, ...]:
-    """A command prefix that runs a program with a 2 MiB file system of its own mounted on a folder."""
-    mount = f"mount -t tmpfs -o size=2m none {shlex.quote(str(folder))}"
-    wrapper = ("unshare", "--map-root-user", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh")
-    if shutil.which("unshare") is None or subprocess.run([*wrapper, "true"], capture_output=True).returncode:
-        pytest.skip("no permission to mount a file system")
-    return wrapper
-
-
 def test_a_file_system_that_is_really_full(tmp_path: Path) -> None:
-    (report,) = run("fill", tmp_path, wrapper=in_a_small_file_system(tmp_path))
+    (report,) = run("fill", tmp_path, wrapper=small_file_system.mounted_on(tmp_path, megabytes=2))
     assert report["errno"] == errno.ENOSPC
     assert report["newest"] == report["failed"] - 1 >= 2
     assert report["weight"] == [float(report["newest"])]

@@ -163,10 +163,10 @@ def test_a_stuck_run_stops_with_a_bundle_that_replays(text: Path, monkeypatch: p
     assert tensors["batch/input_ids"].shape == (4, 16)
     assert tensors["brain/position"].tolist() == [48] * 4  # before the step that reads tokens 48 to 63
     lines = replay("a/replay/step-00000004", mode=ModeConfig(), device="cpu", dtype="float32")
-    assert "in module brain.pfc.0.in_proj (forward pass" in lines[-1]
+    assert "in module brain.pfc.0 (forward pass, kernels/memory_circuit/reference.py" in lines[-1]
     assert "aten.mm" in lines[-1] or "aten.addmm" in lines[-1] or "aten.linear" in lines[-1]
     lines = replay("a/replay/step-00000004", mode=ModeConfig(), device="cpu", dtype="float64")  # wide enough for 3e38
-    assert "in_proj" not in lines[-1]
+    assert "memory_circuit" not in lines[-1]
 
 
 def test_what_is_no_bundle_is_refused(text: Path) -> None:

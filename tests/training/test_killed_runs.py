@@ -44,9 +44,14 @@ def kill_runs(folder: Path, name: str, *, num_kills: int, seed: int) -> dict[str
     return json.loads(done.stdout)
 
 
-def assert_untouched(folder: Path, name: str) -> None:
-    """The killed run ended with the very bits of the one that was let alone."""
-    whole, killed = (load_checkpoint(folder / f"{name}_{kind}") for kind in ("whole", "killed"))
+def assert_untouched(folder: Path, name: str, *, num_runs: int) -> None:
+    """The killed runs ended with the very bits of the one that was let alone."""
+    for number in range(num_runs):
+        assert_same(folder / f"{name}_whole", folder / f"{name}_killed{number}")
+
+
+def assert_same(alone: Path, disturbed: Path) -> None:
+    whole, killed = load_checkpoint(alone), load_checkpoint(disturbed)
     assert whole.step == killed.step == 8
     for kind in ("model_tensors", "optimizer_tensors", "state_tensors"):
         ours, theirs = getattr(whole, kind).load(), getattr(killed, kind).load()
@@ -56,32 +61,39 @@ def assert_untouched(folder: Path, name: str) -> None:
     for key in ("tokens", "data_position", "rng"):
         assert whole.metadata[key] == killed.metadata[key], key
     rows = [
-        [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_metrics(folder / f"{name}_{kind}" / file)]
-        for kind in ("whole", "killed")
-        for file in ("metrics.jsonl",)
+        [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_metrics(run / "metrics.jsonl")]
+        for run in (alone, disturbed)
     ]
     assert rows[0] == rows[1]
     assert rows[0][-1]["step"] == 8
-    assert json.loads((folder / f"{name}_killed/status.json").read_text())["state"] == "finished"
+    assert json.loads((disturbed / "status.json").read_text())["state"] == "finished"
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(name: str, tmp_path: Path) -> None:
     report = kill_runs(tmp_path, name, num_kills=3, seed=sum(map(ord, name)))
-    assert report["points"]
+    assert len(report["points"]) == 3
     assert report["resumed"] >= 1
-    assert_untouched(tmp_path, name)
+    assert_untouched(tmp_path, name, num_runs=report["runs"])
     assert read_metrics(tmp_path / f"{name}_whole/metrics.jsonl")[-1]["data/epoch"] >= 1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_many_more_kills(tmp_path: Path) -> None:
-    points: set[str] = set()
+    points: list[str] = []
+    num_runs = num_resumed = 0
     for seed in range(2):
         for name in RUNS:
             folder = tmp_path / f"{name}-{seed}"
             folder.mkdir()
-            points |= set(kill_runs(folder, name, num_kills=6, seed=1000 + seed)["points"])
-            assert_untouched(folder, name)
-    assert len(points) >= 20, points
+            report = kill_runs(folder, name, num_kills=8, seed=1000 + seed)
+            assert_untouched(folder, name, num_runs=report["runs"])
+            points += report["points"]
+            num_runs += report["runs"]
+            num_resumed += report["resumed"]
+    print(
+        f"{len(points)} kills of {num_runs} runs at {len(set(points))} different points, {num_resumed} starts resumed"
+    )
+    assert len(points) == 96
+    assert len(set(points)) >= 20, points

@@ -124,6 +124,7 @@ def test_reading_ahead_changes_nothing(text: Path, monkeypatch: pytest.MonkeyPat
     train(configure("resume=ahead", *limits))
     rows = untimed(text / "ahead/metrics.jsonl")
     assert all(row.pop("data/stalls") >= 0 and row.pop("data/wait_seconds") >= 0 for row in rows)
+    assert all(0 <= row.pop("data/wait_share") < 1 for row in rows)
     assert rows == untimed(text / "plain/metrics.jsonl")
     plain, ahead = load_checkpoint("plain"), load_checkpoint("ahead")
     assert plain.metadata["data_position"] == ahead.metadata["data_position"]

@@ -94,11 +94,10 @@ class MemoryStep:
         """Token t: add to the workspace x `[B, D]` what is read; `kept` is `[B]`, 0 where a document starts."""
         i, before, after = self._slots(t)
         h = self.norm.forward(i, x)
-        if self.shift is None:
-            self.in_proj.input(i).copy_(h)
-        else:
+        if self.shift is not None:
             self.shift.forward(t, h, kept, self.shift.scratch)
-            self.in_proj.input(i).copy_(self.shift.scratch)
+            h = self.shift.scratch
+        self.in_proj.input(i).copy_(h)
         query, key, value, gate = self._parts(self.in_proj.forward(i))
         for raw, out, scale in (
             (query, self.query[i], self.query_scale[i]),
@@ -148,6 +147,7 @@ class MemoryStep:
         )
         self.sums = self.read.new_empty(*self.read.shape[:-1], 1)
         self.grad_h = self.read.new_empty(self.read.shape[0], self.config.embedding_dim)
+        self.grad_mixed = torch.empty_like(self.grad_h)
 
     def backward(self, t: int, grad_x: Tensor, kept: Tensor | None) -> None:
         """Token t in reverse: add to grad_x `[B, D]` what comes through the circuit."""
@@ -209,13 +209,12 @@ class MemoryStep:
 
     def _input_backward(self, t: int, grad_x: Tensor, kept: Tensor | None) -> None:
         i = self._slots(t)[0]
-        if self.shift is None:
-            self.grad_h.copy_(self.in_proj.backward(i))
-        else:
-            self.shift.backward(t, self.in_proj.backward(i), kept, self.grad_h)
-        self.grad_h.add_(self.forget.backward(i))
+        grad = self.grad_h if self.shift is None else self.grad_mixed
+        grad.copy_(self.in_proj.backward(i)).add_(self.forget.backward(i))
         if self.write is not None:
-            self.grad_h.add_(self.write.backward(i))
+            grad.add_(self.write.backward(i))
+        if self.shift is not None:
+            self.shift.backward(t, grad, kept, self.grad_h)
         self.norm.backward(i, self.grad_h, grad_x)
 
     def gradients(self) -> list[Tensor]:

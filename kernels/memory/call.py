@@ -1,0 +1,222 @@
+"""The memory's kernel launches: tensors, strides and block sizes of one call."""
+
+import kernels.launch  # noqa: F401, I001  before triton
+import torch
+import triton
+from torch import Tensor
+
+from kernels.memory.chunk_backward import memory_state_gradient_kernel
+from kernels.memory.chunk_forward import memory_forward_kernel, triangular_inverse_kernel
+from kernels.memory.chunk_gradient import memory_gradient_kernel
+from kernels.memory.launch_table import LaunchTable
+
+
+def row_readable(x: Tensor) -> Tensor:
+    """x itself if its last dimension is contiguous and offsets within a chunk fit in 32 bits; otherwise a copy."""
+    return x if x.stride(-1) == 1 and x.stride(1) < 2**24 else x.contiguous()
+
+
+class Call:
+    """One call's tensors, strides and block sizes."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        forget_logit: Tensor,
+        write_logit: Tensor | None,
+        document_start: Tensor | None,
+        eps: float,
+        table: LaunchTable,
+    ) -> None:
+        self.query, self.key, self.value = row_readable(query), row_readable(key), row_readable(value)
+        self.forget, self.write, self.start = forget_logit, write_logit, document_start
+        self.absent = value.new_empty(0)  # stands where a kernel is given nothing, and reads nothing
+        self.delta = write_logit is not None
+        self.eps, self.table = eps, table
+        num_lanes, self.num_tokens, self.num_heads, self.width = value.shape
+        self.num_streams = num_lanes * self.num_heads
+        self.num_chunks = triton.cdiv(self.num_tokens, table.length)
+
+    def _given(self, x: Tensor | None) -> Tensor:
+        return self.absent if x is None else x
+
+    def _strides(self, x: Tensor | None) -> tuple[int, ...]:
+        return (0, 0, 0) if x is None else x.stride()[:3]
+
+    def _start_strides(self) -> tuple[int, ...]:
+        return (0, 0) if self.start is None else self.start.stride()
+
+    def _common(self) -> dict[str, object]:
+        return {
+            "WIDTH": self.width,
+            "LENGTH": self.table.length,
+            "HAS_STARTS": self.start is not None,
+        }
+
+    def inverse(self) -> Tensor:
+        if not self.delta:
+            return self.value.new_empty(0)
+        length, launch = self.table.length, self.table.inverse
+        inverse = self.value.new_empty(self.num_streams, self.num_chunks, length, length)
+        triangular_inverse_kernel[(self.num_streams * self.num_chunks,)](
+            self.key,
+            self.forget,
+            self._given(self.write),
+            self._given(self.start),
+            inverse,
+            *self._strides(self.key),
+            *self._strides(self.forget),
+            *self._strides(self.write),
+            *self._start_strides(),
+            self.num_tokens,
+            self.num_heads,
+            self.eps,
+            **self._common(),
+            LEVELS=length.bit_length() - 1,
+            PRECISION="ieee" if self.value.dtype == torch.float32 else "tf32",
+            **launch.options(),
+        )
+        return inverse
+
+    def forward(
+        self,
+        inverse: Tensor,
+        state: Tensor,
+        *,
+        output: Tensor | None = None,
+        final_state: Tensor | None = None,
+        states: Tensor | None = None,
+        writes: Tensor | None = None,
+    ) -> None:
+        """Fill output and final_state, or states and writes."""
+        launch = self.table.forward if states is None else self.table.recompute
+        memory_forward_kernel[(self.num_streams, self.width // launch.tile)](
+            self.query,
+            self.key,
+            self.value,
+            self.forget,
+            self._given(self.write),
+            self._given(self.start),
+            inverse,
+            state,
+            self._given(output),
+            self._given(final_state),
+            self._given(states),
+            self._given(writes),
+            *self._strides(self.query),
+            *self._strides(self.key),
+            *self._strides(self.value),
+            *self._strides(self.forget),
+            *self._strides(self.write),
+            *self._start_strides(),
+            self.num_tokens,
+            self.num_heads,
+            self.eps,
+            **self._common(),
+            TILE=launch.tile,
+            DELTA=self.delta,
+            RECOMPUTE=states is not None,
+            **launch.options(),
+        )
+
+    def state_gradient(
+        self,
+        inverse: Tensor,
+        output_grad: Tensor,
+        final_state_grad: Tensor | None,
+        state_grads: Tensor,
+        surprise_grad: Tensor,
+    ) -> Tensor:
+        """Fill state_grads and surprise_grad; returns the incoming state's gradient."""
+        launch = self.table.state_gradient
+        output_grad = row_readable(output_grad)
+        if final_state_grad is not None:
+            final_state_grad = final_state_grad.float().contiguous()
+        state_grad = torch.empty(
+            self.value.shape[0],
+            self.num_heads,
+            self.width,
+            self.width,
+            dtype=torch.float32,
+            device=self.value.device,
+        )
+        memory_state_gradient_kernel[(self.num_streams, self.width // launch.tile)](
+            self.query,
+            self.key,
+            self.forget,
+            self._given(self.write),
+            self._given(self.start),
+            inverse,
+            output_grad,
+            self._given(final_state_grad),
+            state_grads,
+            surprise_grad,
+            state_grad,
+            *self._strides(self.query),
+            *self._strides(self.key),
+            *self._strides(self.forget),
+            *self._strides(self.write),
+            *self._start_strides(),
+            *self._strides(output_grad),
+            self.num_tokens,
+            self.num_heads,
+            self.eps,
+            **self._common(),
+            TILE=launch.tile,
+            DELTA=self.delta,
+            HAS_STATE_GRAD=final_state_grad is not None,
+            **launch.options(),
+        )
+        return state_grad
+
+    def gradient(
+        self,
+        states: Tensor,
+        state_grads: Tensor,
+        writes: Tensor,
+        surprise_grad: Tensor,
+        output_grad: Tensor,
+        out: tuple[Tensor, Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Fill out with the gradients of query, key and value; returns those of forget_logit and write_logit."""
+        launch = self.table.gradient
+        output_grad = row_readable(output_grad)
+        device = self.value.device
+        forget_grad = torch.empty(self.forget.shape, dtype=self.forget.dtype, device=device)
+        write_grad = self.value.new_empty(0)
+        if self.write is not None:
+            write_grad = torch.empty(self.write.shape, dtype=self.write.dtype, device=device)
+        memory_gradient_kernel[(self.num_streams * self.num_chunks,)](
+            self.query,
+            self.key,
+            self.value,
+            self.forget,
+            self._given(self.write),
+            self._given(self.start),
+            states,
+            state_grads,
+            writes,
+            surprise_grad,
+            output_grad,
+            *out,
+            forget_grad,
+            write_grad,
+            *self._strides(self.query),
+            *self._strides(self.key),
+            *self._strides(self.value),
+            *self._strides(self.forget),
+            *self._strides(self.write),
+            *self._start_strides(),
+            *self._strides(output_grad),
+            *self._strides(out[0]),
+            self.num_tokens,
+            self.num_heads,
+            self.eps,
+            **self._common(),
+            TILE=launch.tile,
+            DELTA=self.delta,
+            **launch.options(),
+        )
+        return forget_grad, write_grad

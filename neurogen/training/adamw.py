@@ -1,0 +1,105 @@
+"""AdamW as one launch over all parameters of a group, for training on one GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.adamw import AdamWOptions
+
+# From a parameter to the half-precision copies that an update keeps up to date, and a call that says it did.
+Copies = Callable[[], tuple[dict[Tensor, Tensor], Callable[[], None]]]
+
+
+class FusedAdamW(torch.optim.Optimizer):
+    """`torch.optim.AdamW` for contiguous float32 parameters, with state of the same names.
+
+    Setting `found_inf` to a 0-d tensor that is 1 leaves everything as it is, without the host looking at it (the
+    convention of torch's fused optimisers); `grad_factor`, 0-d, multiplies the gradients.
+
+    Arguments:
+        copies: half-precision copies of parameters to write along with them, by parameter; None for none.
+    """
+
+    found_inf: Tensor | None = None
+    grad_factor: Tensor | None = None
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float = 0.0,
+        copies: Copies | None = None,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._copies = copies
+        self._tables: dict[tuple[int, bool], Any] = {}  # by group, and whether for a recorded step
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        from kernels.adamw.fused import launch_adamw  # here, because Triton is needed on a GPU alone
+
+        assert closure is None, "FusedAdamW takes no closure"
+        copies, followed = ({}, None) if self._copies is None else self._copies()
+        for index, group in enumerate(self.param_groups):
+            params = [param for param in group["params"] if param.grad is not None]
+            if not params:
+                continue
+            states = [self._state(param) for param in params]
+            device = params[0].device
+            skip = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
+            factor = torch.ones((), device=device) if self.grad_factor is None else self.grad_factor
+            lr = group["lr"] if isinstance(group["lr"], Tensor) else torch.full((), group["lr"], device=device)
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1.0 - skip)
+            launch_adamw(
+                self._table(index, params),
+                params,
+                [param.grad for param in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                steps,
+                [copies.get(param) for param in params],
+                lr=lr,
+                grad_scale=factor,
+                skip=skip,
+                options=AdamWOptions(group["betas"][0], group["betas"][1], group["eps"], group["weight_decay"]),
+            )
+        if followed is not None:
+            followed()
+
+    def prepare_recording(self) -> None:
+        """To be called before a step is recorded as a CUDA graph; at least one plain step has been taken."""
+        from kernels.adamw.fused import AddressTable
+
+        for (index, _), (params, _) in list(self._tables.items()):
+            self._tables[index, True] = (params, AddressTable(params))
+
+    def finish_recording(self) -> None:
+        """To be called once the step was recorded, before it is replayed."""
+        for (_, is_recorded), (_, table) in self._tables.items():
+            if is_recorded:
+                table.upload()
+
+    def _state(self, param: Tensor) -> dict[str, Tensor]:
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), device=param.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+        return state
+
+    def _table(self, index: int, params: list[Tensor]) -> Any:
+        from kernels.adamw.fused import AddressTable
+
+        # A recorded step's gradients stay where they are; those of a plain step between its replays lie elsewhere.
+        key = index, params[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        held = self._tables.get(key)
+        if held is None or len(held[0]) != len(params) or any(a is not b for a, b in zip(held[0], params)):
+            held = self._tables[key] = (params, AddressTable(params))
+        return held[1]

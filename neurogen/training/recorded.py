@@ -1,0 +1,166 @@
+"""A training step recorded as a CUDA graph: the host launches it as one thing, however many kernels it holds."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from neurogen.brain import BrainState
+from neurogen.data import Batch
+from neurogen.learning import BPTT
+from neurogen.model import NeuroGen
+from neurogen.modes.fused import FusedMode
+from neurogen.training.update import StepResult, Update, count_targets
+
+NUM_PLAIN_STEPS = 3  # kernels compile and lazily made buffers settle in them
+STEPS_AHEAD = 2  # of the device, at most: a limit in seconds must not find minutes of queued work
+
+
+def can_record(update: Update) -> bool:
+    """Whether this step keeps still enough to be recorded: one process on a GPU, fused kernels, BPTT.
+
+    The reference's operations would run recorded as well, but a graph of some 100,000 of them takes longer to make than
+    most runs take.
+    """
+    model = update.model
+    return (
+        update.precision.device.type == "cuda"
+        and update.world.size == 1
+        and isinstance(update.learning, BPTT)
+        and isinstance(model, NeuroGen)
+        and isinstance(model.mode, FusedMode)
+    )
+
+
+class RecordedUpdate:
+    """Takes the steps of an `Update`: the first few as they are, then recorded and replayed.
+
+    A step of another shape, or with targets that do not count (their number is part of the recording), is taken as it
+    is, and so is one that begins with a state where the recorded one did not. What a step returns stays valid until the
+    next one.
+
+    Arguments:
+        update: its learning rates lie on the device.
+    """
+
+    def __init__(self, update: Update) -> None:
+        self.update = update
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._num_steps = 0
+        self._stream = torch.cuda.Stream(update.precision.device)
+        self._parameters = [param for param in update.model.parameters() if param.requires_grad]
+        self._versions: list[int] = []
+        self._shapes: list[torch.Size] = []
+        self._batches: list[Batch] = []
+        self._before: list[BrainState] = []  # what the step reads
+        self._after: list[BrainState] = []  # what it leaves
+        self._read: list[BrainState | None] = []
+        self._result: StepResult | None = None
+
+    @property
+    def states_read(self) -> list[BrainState | None]:
+        """The states that the last step began with."""
+        return self._read
+
+    def __call__(self, batches: Sequence[Batch], states: Sequence[BrainState | None]) -> StepResult:
+        """As `Update.__call__`."""
+        known = [state for state in states if state is not None]
+        full = all(count_targets(batch) == batch.input_ids.numel() for batch in batches)
+        self._num_steps += 1
+        if not full or 0 < len(known) < len(states) or self._num_steps <= NUM_PLAIN_STEPS:
+            return self._plain(batches, states)
+        if self._graph is None:
+            self._record(batches, known)
+        shapes = [batch.input_ids.shape for batch in batches]
+        if shapes != self._shapes or len(known) != len(self._after) or self._current_versions() != self._versions:
+            return self._plain(batches, states)
+        for own, batch in zip(self._batches, batches):
+            _copy_batch(own, batch)
+        for after, state in zip(self._after, known):
+            if after is not state:
+                _copy_state(after, state)
+        assert self._graph is not None
+        assert self._result is not None
+        self._graph.replay()
+        torch.autograd.graph.increment_version(self._parameters)
+        self._versions = self._current_versions()
+        self._read = [*self._before] if known else list(states)
+        return self._result
+
+    def _current_versions(self) -> list[int]:
+        return [param._version for param in self._parameters]
+
+    def _plain(self, batches: Sequence[Batch], states: Sequence[BrainState | None]) -> StepResult:
+        # On the stream that will be recorded: autograd runs a node's backward pass where its forward pass ran.
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = self.update(batches, states)
+        current.wait_stream(self._stream)
+        self._versions = self._current_versions()
+        self._read = list(states)
+        return result
+
+    def _record(self, batches: Sequence[Batch], states: Sequence[BrainState]) -> None:
+        device = self.update.precision.device
+        self._shapes = [batch.input_ids.shape for batch in batches]
+        self._batches = [_own_batch(batch, device) for batch in batches]
+        self._before = [state.clone() for state in states]
+        self._after = [state.clone() for state in states]
+        self.update.optimizer.zero_grad()
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()  # the recording has memory of its own
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as the one that reads ahead, go on using the device meanwhile.
+        recording = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
+        with self.update.optimizer.recording(), recording:
+            for before, after in zip(self._before, self._after):
+                _copy_state(before, after)
+            result = self.update(self._batches, self._before or [None] * len(batches))
+            for after, state in zip(self._after, result.states):
+                _copy_state(after, state)
+        self._graph = graph
+        self._result = dataclasses.replace(result, states=list(self._after)) if states else result
+        self._versions = self._current_versions()
+
+
+class Pace:
+    """Keeps the host at most STEPS_AHEAD steps ahead of the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_needed = device.type == "cuda"
+        self._events: collections.deque[torch.cuda.Event] = collections.deque()
+
+    def keep(self) -> None:
+        """To be called once a step was launched: waits until the step STEPS_AHEAD before it has ended."""
+        if not self._is_needed:
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._events.append(event)
+        if len(self._events) > STEPS_AHEAD:
+            self._events.popleft().synchronize()
+
+
+def _own_batch(batch: Batch, device: torch.device) -> Batch:
+    return Batch(
+        batch.input_ids.to(device, copy=True),
+        batch.target_ids.to(device, copy=True),
+        batch.document_start.to(device, copy=True),
+        batch.num_targets,
+    )
+
+
+def _copy_batch(own: Batch, batch: Batch) -> None:
+    own.input_ids.copy_(batch.input_ids, non_blocking=True)
+    own.target_ids.copy_(batch.target_ids, non_blocking=True)
+    own.document_start.copy_(batch.document_start, non_blocking=True)
+
+
+def _copy_state(own: BrainState, state: BrainState) -> None:
+    mine, theirs = own.tensors(), state.tensors()
+    for name, tensor in mine.items():
+        tensor.copy_(theirs[name])

@@ -1,0 +1,193 @@
+"""One launch of AdamW over several parameters against its formula and torch's own, and as an optimiser."""
+
+import pytest
+import torch
+from fused_checks import relative_error
+
+from kernels.adamw import AdamWOptions, adamw_reference
+from kernels.adamw.fused import AddressTable, launch_adamw
+from kernels.launch import INTERPRETED
+from neurogen.training.adamw import FusedAdamW
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+OPTIONS = AdamWOptions(0.9, 0.99, 1e-8, 0.1)
+SHAPES = [(3, 8), (2052,), (64, 68), (1,)]  # less than a block, a little more, several blocks, one number
+
+
+def number(value):
+    return torch.tensor(value, device=DEVICE)
+
+
+def make_parameters(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape):
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    params, grads, averages = ([normal(shape) for shape in SHAPES] for _ in range(3))
+    squares = [normal(shape).square() for shape in SHAPES]
+    return params, grads, averages, squares
+
+
+@pytest.mark.parametrize("count", [1.0, 1000.0])
+def test_formula(count):
+    tensors = make_parameters()
+    expected = [[x.double() for x in kind] for kind in tensors]
+    steps = [number(count) for _ in SHAPES]
+    rounded = [None, torch.zeros(SHAPES[1], dtype=torch.float16, device=DEVICE), None, None]
+    launch_adamw(
+        AddressTable(tensors[0]),
+        *tensors,
+        steps,
+        rounded,
+        lr=number(3e-2),
+        grad_scale=number(0.25),
+        skip=number(0.0),
+        options=OPTIONS,
+    )
+    for param, grad, avg, avg_sq in zip(*expected):
+        adamw_reference(
+            param, grad, avg, avg_sq, torch.tensor(count).double(), lr=3e-2, grad_scale=0.25, options=OPTIONS
+        )
+    for kind, exact in zip(tensors, expected):
+        for x, y in zip(kind, exact):
+            assert relative_error(x, y) < 1e-6
+    assert torch.equal(rounded[1], tensors[0][1].half())
+
+
+def test_the_reference_is_torchs_adamw():
+    param = torch.randn(5, 3, dtype=torch.float64)
+    own, theirs = param.clone(), param.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    averages = torch.zeros_like(own), torch.zeros_like(own)
+    for step in range(1, 4):
+        theirs.grad = torch.randn(5, 3, dtype=torch.float64)
+        adamw_reference(
+            own,
+            theirs.grad,
+            *averages,
+            torch.tensor(step, dtype=torch.float64),
+            lr=0.01,
+            grad_scale=1.0,
+            options=OPTIONS,
+        )
+        optimizer.step()
+    torch.testing.assert_close(own, theirs.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_skipping_leaves_everything():
+    tensors = make_parameters()
+    before = [[x.clone() for x in kind] for kind in tensors]
+    launch_adamw(
+        AddressTable(tensors[0]),
+        *tensors,
+        [number(1.0) for _ in SHAPES],
+        [None] * len(SHAPES),
+        lr=number(1.0),
+        grad_scale=number(float("nan")),
+        skip=number(1.0),
+        options=OPTIONS,
+    )
+    assert all(torch.equal(x, y) for kind, same in zip(tensors, before) for x, y in zip(kind, same))
+
+
+def test_what_the_launch_would_misread_is_refused():
+    params, grads, averages, squares = make_parameters()
+    for wrong in (grads[0].double(), grads[0].t(), torch.randn(25, device=DEVICE)[1:].view(3, 8)):
+        with pytest.raises(ValueError, match=r"contiguous float32|float64"):
+            launch_adamw(
+                AddressTable(params),
+                params,
+                [wrong, *grads[1:]],
+                averages,
+                squares,
+                [number(1.0)] * len(SHAPES),
+                [None] * len(SHAPES),
+                lr=number(1.0),
+                grad_scale=number(1.0),
+                skip=number(0.0),
+                options=OPTIONS,
+            )
+
+
+def test_as_an_optimizer_it_walks_with_torchs():
+    params, *_ = make_parameters()
+    own = [param.clone().requires_grad_() for param in params]
+    theirs = [param.double().requires_grad_() for param in params]
+    groups = [[0, 2], [1, 3]]
+    optimizer = FusedAdamW(
+        [{"params": [own[i] for i in group], "weight_decay": 0.1 * n} for n, group in enumerate(groups)],
+        0.02,
+        betas=(0.9, 0.99),
+        eps=1e-8,
+    )
+    reference = torch.optim.AdamW(
+        [{"params": [theirs[i] for i in group], "weight_decay": 0.1 * n} for n, group in enumerate(groups)],
+        lr=0.02,
+        betas=(0.9, 0.99),
+        eps=1e-8,
+    )
+    for step in range(4):
+        _, grads, *_ = make_parameters(seed=step + 1)
+        optimizer.found_inf = number(float(step == 2))
+        optimizer.grad_factor = number(0.5)
+        for x, y, grad in zip(own, theirs, grads):
+            x.grad, y.grad = grad, 0.5 * grad.double()
+        version = own[0]._version
+        optimizer.step()
+        assert own[0]._version > version  # what is kept of the old value is known to be old
+        if step != 2:
+            reference.step()
+    for x, y in zip(own, theirs):
+        assert relative_error(x, y) < 1e-6
+        assert float(optimizer.state[x]["step"]) == 3.0
+    names = {"step", "exp_avg", "exp_avg_sq"}
+    assert all(set(optimizer.state[x]) == set(reference.state[y]) == names for x, y in zip(own, theirs))
+
+
+def test_copies_are_written_and_said_to_be():
+    weight = torch.randn(4, 4, device=DEVICE, requires_grad=True)
+    copy, said = torch.zeros(4, 4, dtype=torch.float16, device=DEVICE), []
+    optimizer = FusedAdamW(
+        [weight], 0.1, betas=(0.9, 0.99), eps=1e-8, copies=lambda: ({weight: copy}, lambda: said.append(1))
+    )
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert torch.equal(copy, weight.detach().half())
+    assert said == [1]
+
+
+@pytest.mark.gpu
+def test_recorded_steps_are_plain_steps():
+    """A graph of backward and step, replayed, walks with the same steps launched one by one, plain ones in between."""
+    torch.manual_seed(0)
+    walks = []
+    for recorded in (False, True):
+        weight = torch.ones(300, 40, device="cuda", requires_grad=True)
+        x = torch.linspace(-1, 1, 40, device="cuda")
+        optimizer = FusedAdamW([weight], 0.1, betas=(0.9, 0.99), eps=1e-8)
+        optimizer.param_groups[0]["lr"] = number(0.1)
+
+        def step(weight=weight, x=x, optimizer=optimizer):
+            weight.grad = None
+            (weight @ x).square().sum().backward()
+            optimizer.step()
+
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                step()
+        torch.cuda.synchronize()
+        run = step
+        if recorded:
+            optimizer.prepare_recording()
+            graph = torch.cuda.CUDAGraph()
+            weight.grad = None
+            with torch.cuda.graph(graph, stream=stream):
+                step()
+            optimizer.finish_recording()
+            run = graph.replay
+        for run_one in (run, run, step, run):
+            run_one()
+        walks.append(weight.detach().clone())
+    assert torch.equal(*walks)
