@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neurogen.brain import Brain, BrainConfig, BrainState, Decoder, TokenEmbedding, health_metrics
+from neurogen.brain.homeostasis import homeostatic_loss
 from neurogen.errors import UserError
 from neurogen.generation import Generation, generate
 from neurogen.generation.prompts import GROUP_LANES, Prompts, generate_prompts
@@ -108,7 +109,18 @@ class NeuroGen(nn.Module):
         if target_ids is None:
             return Output(self.decoder(out.broca_output), None, None, None, out.state, health)
         decoded = self.mode.loss(self.decoder, out.broca_output, target_ids)
-        return Output(None, decoded.loss, decoded.num_correct, decoded.num_targets, out.state, health)
+        loss = decoded.loss
+        if self.config.homeostasis and out.activity and torch.is_grad_enabled():
+            biases = {name: layer.drive_bias for name, layer in self.brain.cortex_layers().items()}
+            pull = homeostatic_loss(
+                out.activity,
+                biases,
+                decoded.num_targets,
+                strength=self.config.homeostasis,
+                target=self.config.firing_rate,
+            )
+            loss = loss + pull.to(loss.dtype)
+        return Output(None, loss, decoded.num_correct, decoded.num_targets, out.state, health)
 
     def step(self, token_ids: Tensor, state: BrainState) -> tuple[Tensor, BrainState]:
         """One token a lane: ids `[B]` and a state of B lanes to logits `[B, V]` and the next state."""

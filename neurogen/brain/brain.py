@@ -58,6 +58,10 @@ class Brain(nn.Module):
         """Stateful layers by name, in the order the workspace passes them."""
         return {name: self.get_submodule(name) for name in self.config.layer_names()}
 
+    def cortex_layers(self) -> dict[str, CortexLayer]:
+        """The layers of spiking neurons by name, in the order the workspace passes them."""
+        return {name: layer for name, layer in self.layers().items() if isinstance(layer, CortexLayer)}
+
     def init_state(self, lanes: int) -> BrainState:
         """The state before the first token of B lanes, on the parameters' device."""
         device = self.thalamus.taps.device

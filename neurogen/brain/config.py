@@ -26,8 +26,13 @@ class BrainConfig:
         go_gate: whether the basal ganglia gate what Broca's columns write.
         tie_embedding: whether the decoder's weight is the embedding.
         threshold, adaptation_strength, adaptation_decay: theta, beta and rho of the neurons; rho in [0, 1).
+        initial_voltage: mean membrane voltage at the start, by the drive's bias; beside the threshold it sets how many
+            neurons fire.
+        homeostasis: how strongly training pulls every neuron's drive bias towards `firing_rate`; 0 for not at all.
+        firing_rate: the share of tokens at which a neuron should fire, in (0, 1).
         mlp_ratio: hidden width of a layer's SwiGLU over D, rounded to a multiple of 64.
-        norm_eps: added to mean squares and squared norms, > 0.
+        norm_eps: added to mean squares and squared norms, > 0; not tiny, for the gradient of a norm is up to
+            1/sqrt(norm_eps), and a column in which hardly a neuron fires comes near it.
         chunk_size: tokens the memory solves at once, >= 1; a cost, not a meaning.
         name: what the configuration calls this kind of model.
     """
@@ -45,11 +50,14 @@ class BrainConfig:
     lateral: bool = True
     go_gate: bool = True
     tie_embedding: bool = False
-    threshold: float = 0.5
+    threshold: float = 1.0
     adaptation_strength: float = 0.5
     adaptation_decay: float = 0.95
+    initial_voltage: float = 1.0
+    homeostasis: float = 0.03
+    firing_rate: float = 0.15
     mlp_ratio: float = 8 / 3
-    norm_eps: float = 1e-6
+    norm_eps: float = 1e-3
     chunk_size: int = 64
     name: str = "brain"
 
@@ -73,6 +81,10 @@ class BrainConfig:
             raise UserError(f"model.token_shift is {self.token_shift}; choose one of 0 (off), 2, 3, 4")
         if not 0 <= self.adaptation_decay < 1:
             raise UserError(f"model.adaptation_decay is {self.adaptation_decay}; it must be in [0, 1)")
+        if self.homeostasis < 0:
+            raise UserError(f"model.homeostasis is {self.homeostasis}; it must be 0 or more")
+        if not 0 < self.firing_rate < 1:
+            raise UserError(f"model.firing_rate is {self.firing_rate}; it must be between 0 and 1")
         for name in ("mlp_ratio", "norm_eps"):
             if getattr(self, name) <= 0:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be above 0")

@@ -24,7 +24,6 @@ from neurogen.brain.state import MemoryState, ShiftedMemoryState
 from neurogen.brain.token_shift import TokenShift
 
 TIME_CONSTANTS = (1.5, 200.0)  # tokens
-INITIAL_DRIVE = 0.5
 LATERAL_SCALE = 0.5
 INITIAL_GO_BIAS = 2.0
 HALF_LIVES = {"hippocampus": (5.0, 300.0), "pfc": (300.0, 10_000.0)}  # tokens
@@ -89,13 +88,16 @@ class CortexLayer(nn.Module):
         self.config = config
         width, num_columns, column_width = config.embedding_dim, config.num_columns, config.column_width
         self.in_proj = nn.Linear(width, 2 * width, bias=False)  # drive, then gate
-        self.drive_bias = nn.Parameter(torch.full((width,), INITIAL_DRIVE))
         lateral = torch.randn(num_columns, column_width, column_width) * (LATERAL_SCALE / math.sqrt(column_width))
         if config.lateral:
             self.lateral_weight = nn.Parameter(lateral)
         else:
             self.register_buffer("lateral_weight", torch.zeros_like(lateral), persistent=False)
         self.decay_logit = nn.Parameter(_decay_logits(width)[torch.randperm(width)])
+        # A constant drive b settles at the voltage b / sqrt(1 - alpha): one bias for all would leave the slow neurons
+        # firing at every token, or never.
+        gain = torch.rsqrt(1.0 - torch.sigmoid(self.decay_logit.detach()))
+        self.drive_bias = nn.Parameter(config.initial_voltage / gain)
         self.out_proj = zero_linear(width, width)
         self.mlp = SwiGLU(config)
         self.rounded_weights = (RoundedWeights(), RoundedWeights())

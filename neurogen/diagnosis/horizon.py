@@ -50,8 +50,12 @@ def context_lengths(document_start: Tensor) -> Tensor:
 
 
 def octaves(longest: int) -> list[tuple[int, int]]:
-    """Ranges 1, 2 to 3, 4 to 7 ... that cover 1 to `longest`."""
-    return [(1 << i, min((2 << i) - 1, longest)) for i in range(max(longest, 0).bit_length())]
+    """Ranges 1, 2 to 3, 4 to 7 ... that cover 1 to `longest`; a last one less than half full joins the one before."""
+    ranges = [(1 << i, min((2 << i) - 1, longest)) for i in range(max(longest, 0).bit_length())]
+    if len(ranges) > 1 and 2 * (longest - ranges[-1][0] + 1) < ranges[-1][0]:
+        *ranges, (first, _), _ = ranges
+        ranges.append((first, longest))
+    return ranges
 
 
 def loss_by_context(losses: Tensor, lengths: Tensor, counted: Tensor) -> list[AgeBin]:

@@ -27,6 +27,7 @@ from kernels.precision import no_autocast
 from neurogen.brain import BrainState
 from neurogen.brain.brain import BrainOutput
 from neurogen.brain.health import health_metrics
+from neurogen.brain.homeostasis import homeostatic_pull
 from neurogen.brain.regions import Activity, CortexLayer, MemoryLayer, activation_dtype
 from neurogen.brain.state import LayerState
 from neurogen.data import Batch
@@ -210,9 +211,20 @@ class LocalLearning:
             if token.go is not None:
                 mean = token.go.detach().float().mean()
                 go_sum = mean if go_sum is None else go_sum + mean
+        if share and model.config.homeostasis:
+            self._pull(model, fired, num_targets, share)
         go = None if go_sum is None else go_sum / num_tokens
         health = health_metrics(BrainOutput(total, state, fired, go))
         return WindowResult((total / num_targets).to(model.decoder.weight.dtype), num_correct, state, health)
+
+    @torch.no_grad()
+    def _pull(self, model: NeuroGen, fired: dict[str, Activity], num_targets: Tensor, share: float) -> None:
+        """Homeostasis: a neuron's own rate decides, so it is as local as can be."""
+        config = model.config
+        for name, activity in fired.items():
+            pull = homeostatic_pull(activity, num_targets, strength=config.homeostasis, target=config.firing_rate)
+            bias = model.brain.cortex_layers()[name].drive_bias
+            _gradient(bias).add_(share * pull.to(bias.dtype))
 
     def _forward(
         self, model: NeuroGen, token_ids: Tensor, state: BrainState, starts: Tensor, synapses: dict[str, _Synapses]

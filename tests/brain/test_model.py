@@ -149,7 +149,7 @@ def test_a_new_network_knows_nothing() -> None:
     with torch.no_grad():
         rows = model.embedding(ids(2, 5))
         broca = model.mode.sequence(model.brain, model.embedding, ids(2, 5), model.init_state(2), None).broca_output
-    torch.testing.assert_close(broca, rows / rows.square().mean(-1, keepdim=True).add(1e-6).sqrt())
+    torch.testing.assert_close(broca, rows / rows.square().mean(-1, keepdim=True).add(model.config.norm_eps).sqrt())
 
 
 @pytest.mark.parametrize("tie", [False, True])

@@ -40,7 +40,9 @@ def test_context_lengths_count_from_the_last_start() -> None:
 def test_octaves_cover_every_length_once() -> None:
     assert octaves(0) == []
     assert octaves(1) == [(1, 1)]
-    assert octaves(9) == [(1, 1), (2, 3), (4, 7), (8, 9)]
+    assert octaves(2) == [(1, 1), (2, 2)]
+    assert octaves(9) == [(1, 1), (2, 3), (4, 9)]
+    assert octaves(11) == [(1, 1), (2, 3), (4, 7), (8, 11)]
 
 
 def test_loss_by_context_is_the_count_by_hand() -> None:

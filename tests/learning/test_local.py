@@ -120,7 +120,8 @@ def test_a_full_brain_agrees_in_direction() -> None:
     assert found["random"]["decoder"] == pytest.approx(1, abs=1e-9)  # its own error, whatever goes further back
     assert found["spatial"]["all"] > 0.5
     assert 0 < found["spatial"]["drive"] < 1 - 1e-6  # lateral recurrence and memory are cut
-    assert abs(found["random"]["drive"]) < found["symmetric"]["drive"]
+    # On weights that nothing has trained, how the broadcast signals point is chance; the exact one is closest.
+    assert max(found["symmetric"]["drive"], abs(found["random"]["drive"])) < found["spatial"]["drive"]
 
 
 def test_every_parameter_learns_and_time_constants_can_be_left_alone() -> None:
