@@ -25,7 +25,6 @@ _LOGITS_PER_LOAD = 4096
 _ROW_STAGES = 2
 _WARPS = 8
 _STAGES = 3
-COOPERATIVE = True
 
 
 @triton.jit
@@ -230,5 +229,5 @@ def launch_whole(
         SINGLE=INTERPRETED,
         num_warps=_WARPS,
         num_stages=_STAGES,
-        launch_cooperative_grid=COOPERATIVE and not torch.cuda.is_current_stream_capturing(),
+        launch_cooperative_grid=not INTERPRETED,
     )

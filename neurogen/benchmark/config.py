@@ -14,6 +14,7 @@ class BenchmarkConfig:
     suite: `kernels`, `training` or `generation`.
     size: `full` (the published shapes, on a GPU) or `test` (tiny, anywhere).
     only: part of an op's name; null for all.
+    provider: part of a provider's name; null for all.
     seconds: of timing for each contender.
     output: a result file; null for docs/benchmarks/<suite>.json.
     """
@@ -21,6 +22,7 @@ class BenchmarkConfig:
     suite: str
     size: str = "full"
     only: str | None = None
+    provider: str | None = None
     seconds: float = 1.0
     device: str = "auto"
     output: str | None = None

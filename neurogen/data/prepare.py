@@ -73,6 +73,8 @@ def prepare_shards(
     plan = {"key": cache_key(config, sources, None), "shard_tokens": shard_tokens, "long_documents": long_documents}
     if (done := _claim(out, plan)) is not None:
         return done
+    for leftover in out.glob(".tmp-*"):  # of a preparation that was killed while it wrote
+        leftover.unlink()
     try:
         return _write_shards(config, sources, out, plan, workers, progress)
     except UserError:

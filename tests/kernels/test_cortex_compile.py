@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 COMPILE = """
 import json, sys
-from kernels.cortex import fused, parameter_gradient, scan
+from kernels.cortex import launches, parameter_gradient, scan
 from kernels.offline import compile_kernel
 
 UNSPECIALIZED = {"T", "B", "start_stride_b", "start_stride_t", "rows_per_slice", "num_slices", "num_tiles"}
@@ -42,11 +42,11 @@ def run(kernel, storage, constants, capability, num_warps, max_registers=None):
 results = []
 for is_half, width, ceiling, capability in json.load(sys.stdin):
     storage = "*bf16" if is_half else "*fp32"
-    config = fused.SCAN_CONFIGS[is_half, width]
-    constants = SCAN | {"C": width, "CEILING": ceiling, "RELOAD": fused.reloads_weights(is_half, width)}
+    config = launches.SCAN_CONFIGS[is_half, width]
+    constants = SCAN | {"C": width, "CEILING": ceiling, "RELOAD": launches.reloads_weights(is_half, width)}
     for kernel in (scan.cortex_forward_kernel, scan.cortex_backward_kernel):
         results.append(run(kernel, storage, constants, capability, *config))
-    rows, num_warps = fused.SLICE_CONFIGS[is_half, width]
+    rows, num_warps = launches.SLICE_CONFIGS[is_half, width]
     constants = {"C": width, "ROWS": rows, "HAS_START": True}
     results.append(run(parameter_gradient.slice_kernel, storage, constants, capability, num_warps))
     results.append(run(parameter_gradient.finish_kernel, storage, {"C": width}, capability, 4))
