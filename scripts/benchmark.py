@@ -20,7 +20,7 @@ from neurogen.benchmark import generation as generation_suite
 from neurogen.benchmark import kernels as kernel_suite
 from neurogen.benchmark import training as training_suite
 from neurogen.benchmark.config import BenchmarkConfig
-from neurogen.benchmark.report import markdown
+from neurogen.benchmark.report import markdown, plot
 from neurogen.config.script import run_script
 from neurogen.errors import UserError
 
@@ -67,6 +67,7 @@ def main(config: BenchmarkConfig) -> None:
             torch.cuda.empty_cache()
     if output.is_file():
         output.with_suffix(".md").write_text(markdown(output))
+        plot(output, output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
