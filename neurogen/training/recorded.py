@@ -10,6 +10,7 @@ import torch
 
 from neurogen.brain import BrainState
 from neurogen.data import Batch
+from neurogen.errors import UserError
 from neurogen.learning import BPTT
 from neurogen.model import NeuroGen
 from neurogen.modes.fused import FusedMode
@@ -73,7 +74,13 @@ class RecordedUpdate:
         if not full or 0 < len(known) < len(states) or self._num_steps <= NUM_PLAIN_STEPS:
             return self._plain(batches, states)
         if self._graph is None:
-            self._record(batches, known)
+            try:
+                self._record(batches, known)
+            except RuntimeError as error:
+                cause = error.__context__ or error  # the end of a recording that failed hides why it did
+                raise UserError(
+                    f"trainer.cuda_graph: the step could not be recorded ({str(cause).splitlines()[0]}); set it to false"
+                ) from error
         shapes = [batch.input_ids.shape for batch in batches]
         if shapes != self._shapes or len(known) != len(self._after) or self._current_versions() != self._versions:
             return self._plain(batches, states)
