@@ -77,9 +77,9 @@ class RecordedUpdate:
             try:
                 self._record(batches, known)
             except RuntimeError as error:
-                cause = error.__context__ or error  # the end of a recording that failed hides why it did
+                cause = str(error.__context__ or error)  # the end of a recording that failed hides why it did
                 raise UserError(
-                    f"trainer.cuda_graph: the step could not be recorded ({str(cause).splitlines()[0]}); set it to false"
+                    f"trainer.cuda_graph: a step could not be recorded ({cause.splitlines()[0]}); set it to false"
                 ) from error
         shapes = [batch.input_ids.shape for batch in batches]
         if shapes != self._shapes or len(known) != len(self._after) or self._current_versions() != self._versions:
