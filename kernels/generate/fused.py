@@ -5,12 +5,14 @@ import math
 import torch
 import triton
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import kernels.launch  # noqa: F401  first: it chooses the interpreter
 from kernels.generate.kernel import generate_kernel
 from kernels.generate.layout import BrainShape, GenerateOutput, PackedBrain, PackedState
 from kernels.generate.limits import check_shape
-from kernels.generate.stream import stream_table
+from kernels.generate.stream import stream_table, tile_weights
 from kernels.generate.stream_kernel import stream_kernel
 from kernels.generate.tiles import MAX_STREAM_LANES, StreamTiles, choose_stream, choose_tiles
 from kernels.launch import INTERPRETED, check_launchable
@@ -56,17 +58,17 @@ def generate_fused(
     filtered = any(filters.values()) and not greedy
     if isinstance(tiles, StreamTiles):
         table = stream_table(shape, num_programs, tiles.R, tiles.NB * tiles.KS, device)
+        tiled = _tiled(brain, tiles)
+        weights = [brain.embedding, TensorDescriptor.from_tensor(tiled, [1, *tiled.shape[1:]]), brain.vectors]
         scratch = _stream_scratch(shape, tiles, num_lanes, num_programs, filtered, brain.matrices)
     else:
+        weights = [brain.embedding, brain.decoder, brain.matrices, brain.vectors]
         scratch = _scratch(shape, num_lanes, num_programs, filtered, device)
     low, high = (_signed(seed & 0xFFFFFFFF), _signed((seed >> 32) & 0xFFFFFFFF))
 
     kernel = stream_kernel if is_stream else generate_kernel
     kernel[(num_programs,)](
-        brain.embedding,
-        brain.decoder,
-        brain.matrices,
-        brain.vectors,
+        *weights,
         ids,
         log_probs,
         lengths,
@@ -122,6 +124,19 @@ def generate_fused(
     # Columns after the last lane's end were never written; nothing here waits to learn how many there are.
     column = torch.arange(max_new_tokens, device=device).minimum(reads[:, None] - 1)
     return GenerateOutput(ids[:, shape.num_taps :].gather(1, column), log_probs, reads, new_state)
+
+
+# A brain's tiles, for as long as its packed weights live.
+_tiles: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _tiled(brain: PackedBrain, tiles: StreamTiles) -> Tensor:
+    """The brain's weights in tiles, which are made once."""
+    of_brain = _tiles.setdefault(brain.matrices, {})
+    size = (tiles.R, tiles.NB, tiles.KS)
+    if size not in of_brain:
+        of_brain[size] = tile_weights(brain.shape, brain.matrices, brain.decoder, *size)
+    return of_brain[size]
 
 
 def _signed(word: int) -> int:

@@ -163,7 +163,7 @@ def choose_stream(
         BD=triton.next_power_of_2(shape.width),
         BV=min(2048, triton.next_power_of_2(shape.vocab_size)),
         BP=triton.next_power_of_2(num_programs),
-        BRACE=min(512, triton.next_power_of_2(triton.cdiv(shape.vocab_size, num_programs))),
+        BRACE=min(512, triton.next_power_of_2(triton.cdiv(triton.cdiv(shape.vocab_size, rows), num_programs) * rows)),
         P=num_programs,
         STAGES=min(16, _RING_BYTES // tile_bytes + 1),
     )
