@@ -116,13 +116,15 @@ def as_columns(
     as their products are not looked at."""
     CHUNKS: tl.constexpr = value.shape[0] // (NB * KS)
     REPEATS: tl.constexpr = BL // (2 if SPLIT else 1) // CHUNKS
-    value = tl.permute(tl.reshape(value, [CHUNKS, NB, KS]), (1, 2, 0))
-    value = tl.reshape(tl.broadcast_to(value[:, :, None, :], [NB, KS, REPEATS, CHUNKS]), [NB, KS, REPEATS * CHUNKS])
-    rounded = value.to(type)
+    # Rounded before it is laid out anew, and once: each layout is a turn through shared memory.
+    PARTS: tl.constexpr = 2 if SPLIT else 1
+    columns = value.to(type)
     if SPLIT:
-        return tl.reshape(tl.join(rounded, (value - rounded.to(tl.float32)).to(type)), [NB, KS, BL])
-    else:
-        return rounded
+        columns = tl.join(columns, (value - columns.to(tl.float32)).to(type))
+    columns = tl.permute(tl.reshape(columns, [CHUNKS, NB, KS, PARTS]), (1, 2, 0, 3))
+    if REPEATS > 1:
+        columns = tl.broadcast_to(columns[:, :, None, :, :], [NB, KS, REPEATS, CHUNKS, PARTS])
+    return tl.reshape(columns, [NB, KS, BL])
 
 
 @triton.jit
