@@ -71,7 +71,7 @@ def packet_kernel(
         x = tl.zeros([NB, KS, BL], type)
         row_scale = tl.full([], 1.0, tl.float32)
         acc = tl.zeros([NB, R, BL], tl.float32)
-        held, before, new = tl.zeros([R, 1], tl.float32), tl.zeros([R, 1], tl.float32), tl.zeros([R, 1], tl.float32)
+        held, before, new = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
 
         # Words of the table are read two tiles before they are needed. (A loop that hands a value on unchanged is not
         # pipelined, so a zero is added that the compiler does not know.)
@@ -97,9 +97,8 @@ def packet_kernel(
             is_gated = layer >= num_wernicke + num_memory
             epoch = step + 1
 
-            o_n = ((tile >> 36).to(tl.int32) + o_r)[:, None]
-            rows = o_r < ((flags >> 14) & 1023)
-            mask = rows[:, None]
+            o_n = (tile >> 36).to(tl.int32) + o_r
+            mask = o_r < ((flags >> 14) & 1023)
             p_layer = p_packets + layer * per_layer
             if chunk == 0:
                 acc = tl.zeros([NB, R, BL], tl.float32)
@@ -141,7 +140,7 @@ def packet_kernel(
             acc += tl.dot(w, x, input_precision="ieee") * counts[None, None, :]
 
             if flags & 2:
-                out = tl.sum(tl.sum(acc, 2), 0)[:, None]
+                out = tl.sum(tl.sum(acc, 2), 0)
                 cortex_before = tl.minimum(layer, num_wernicke) + tl.maximum(layer - num_wernicke - num_memory, 0)
                 memory_before = tl.minimum(tl.maximum(layer - num_wernicke, 0), num_memory)
                 p_vector = p_vectors + cortex_before * cortex_vectors + memory_before * memory_vectors

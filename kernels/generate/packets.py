@@ -187,9 +187,10 @@ def spike_packets(
     spikes = tl.load(p_state + 2 * D + o_n, mask=mask, other=0.0, cache_modifier=".cg")
     active = is_active(p_lengths, 0, True, step)
     o_c = tl.arange(0, C)[None, :]
-    b_w = tl.load(p_vector + o_n * C + o_c, mask=mask, other=0.0)
-    b_s = tl.load(p_state + 2 * D + o_n // C * C + o_c, mask=mask, other=0.0, cache_modifier=".cg")
-    lateral = tl.sum(b_w * b_s, 1)[:, None]
+    b_w = tl.load(p_vector + o_n[:, None] * C + o_c, mask=mask[:, None], other=0.0)
+    p_s = p_state + 2 * D + (o_n // C * C)[:, None] + o_c
+    b_s = tl.load(p_s, mask=mask[:, None], other=0.0, cache_modifier=".cg")
+    lateral = tl.sum(b_w * b_s, 1)
     a = spikes + RHO * (adaptation - spikes)
     v = alpha * (voltage - THETA * spikes) + tl.sqrt(1.0 - alpha) * (drive + bias) + (1.0 - alpha) * lateral
     u = v - BETA * a - THETA
