@@ -119,8 +119,7 @@ def packet_kernel(
                     if kind == OUT:
                         group = receive_channels(p_layer + 2 * D, epoch, D, FD, PACK_D, SINGLE)
                         if is_memory:
-                            gate = tl.full([FD // N], 1.0, tl.float32)
-                            value = normed_groups(value, group, gate, N, EPS)
+                            value = normed_groups(value, group, tl.full([FD // N], 1.0, tl.float32), N, EPS)
                         else:
                             gate = tl.full([FD // C], 1.0, tl.float32)
                             if GO:  # noqa: SIM102, one is decided when compiled

@@ -20,6 +20,7 @@ sizes = {{
     "base": BrainShape(1536, 128, 128, 4096, 50257, 1, 4, 1),
     "small": BrainShape(512, 64, 64, 1344, 257, 1, 4, 1),
     "nano": BrainShape(128, 64, 64, 320, 257, 1, 2, 1),
+    "two widths": BrainShape(64, 32, 16, 192, 67, 1, 2, 2),  # of columns and heads, which the interpreter lets pass
 }}
 shape, lanes, dtype, capability, name = sizes["{size}"], {lanes}, torch.{dtype}, {capability}, "{name}"
 kernel = {{"packet": packet_kernel, "stream": stream_kernel, "generate": generate_kernel}}[name]
@@ -77,6 +78,7 @@ def test_the_launch_compiles_for_an_h200() -> None:
     [
         ("packet", "base", 1, "bfloat16", 90),
         ("packet", "nano", 1, "bfloat16", 90),
+        ("packet", "two widths", 1, "float32", 90),
         ("stream", "base", 4, "bfloat16", 90),
         ("generate", "base", 16, "bfloat16", 90),
         ("generate", "base", 16, "bfloat16", 89),
