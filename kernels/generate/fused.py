@@ -5,14 +5,24 @@ import math
 import torch
 import triton
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import kernels.launch  # noqa: F401  first: it chooses the interpreter
 from kernels.generate.kernel import generate_kernel
 from kernels.generate.layout import BrainShape, GenerateOutput, PackedBrain, PackedState
 from kernels.generate.limits import check_shape
-from kernels.generate.stream import stream_table
+from kernels.generate.packet_kernel import packet_kernel
+from kernels.generate.stream import stream_table, tile_weights
 from kernels.generate.stream_kernel import stream_kernel
-from kernels.generate.tiles import MAX_STREAM_LANES, StreamTiles, choose_stream, choose_tiles
+from kernels.generate.tiles import (
+    MAX_PACKET_LANES,
+    MAX_STREAM_LANES,
+    StreamTiles,
+    choose_stream,
+    choose_tiles,
+    packet_constexprs,
+)
 from kernels.launch import INTERPRETED, check_launchable
 from kernels.sample import Sampling
 
@@ -35,8 +45,10 @@ def generate_fused(
     check_shape(shape, num_lanes)
     num_programs = 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
     is_stream = num_lanes <= MAX_STREAM_LANES
+    is_packets = is_stream and num_lanes <= MAX_PACKET_LANES
     choose = choose_stream if is_stream else choose_tiles
     tiles = choose(shape, num_lanes, brain.matrices.dtype, num_programs)
+    more: dict[str, int] = {}
     greedy = sampling.temperature == 0
     filters = {
         "TOP_K": 0 < sampling.top_k < shape.vocab_size,
@@ -56,17 +68,21 @@ def generate_fused(
     filtered = any(filters.values()) and not greedy
     if isinstance(tiles, StreamTiles):
         table = stream_table(shape, num_programs, tiles.R, tiles.NB * tiles.KS, device)
-        scratch = _stream_scratch(shape, tiles, num_lanes, num_programs, filtered, brain.matrices)
+        tiled = _tiled(brain, tiles)
+        weights = [brain.embedding, TensorDescriptor.from_tensor(tiled, [1, *tiled.shape[1:]]), brain.vectors]
+        if is_packets:
+            scratch = _packet_scratch(shape, num_programs, filtered, device)
+            more = packet_constexprs(shape, tiles)
+        else:
+            scratch = _stream_scratch(shape, tiles, num_lanes, num_programs, filtered, brain.matrices)
     else:
+        weights = [brain.embedding, brain.decoder, brain.matrices, brain.vectors]
         scratch = _scratch(shape, num_lanes, num_programs, filtered, device)
     low, high = (_signed(seed & 0xFFFFFFFF), _signed((seed >> 32) & 0xFFFFFFFF))
 
-    kernel = stream_kernel if is_stream else generate_kernel
+    kernel = packet_kernel if is_packets else stream_kernel if is_stream else generate_kernel
     kernel[(num_programs,)](
-        brain.embedding,
-        brain.decoder,
-        brain.matrices,
-        brain.vectors,
+        *weights,
         ids,
         log_probs,
         lengths,
@@ -79,7 +95,7 @@ def generate_fused(
         *scratch,
         torch.zeros(1, dtype=torch.int32 if is_stream else torch.int64, device=device),
         *([table] if is_stream else []),
-        num_lanes,
+        *([] if is_packets else [num_lanes]),
         shape.num_wernicke,
         shape.num_memory,
         shape.num_broca,
@@ -113,6 +129,7 @@ def generate_fused(
         BS=triton.next_power_of_2(max(len(stop_ids), 1)),
         SINGLE=num_programs == 1,
         **tiles.constexprs(),
+        **more,
         num_warps=tiles.num_warps,
         launch_cooperative_grid=not INTERPRETED,
     )
@@ -122,6 +139,19 @@ def generate_fused(
     # Columns after the last lane's end were never written; nothing here waits to learn how many there are.
     column = torch.arange(max_new_tokens, device=device).minimum(reads[:, None] - 1)
     return GenerateOutput(ids[:, shape.num_taps :].gather(1, column), log_probs, reads, new_state)
+
+
+# A brain's tiles, for as long as its packed weights live.
+_tiles: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _tiled(brain: PackedBrain, tiles: StreamTiles) -> Tensor:
+    """The brain's weights in tiles, which are made once."""
+    of_brain = _tiles.setdefault(brain.matrices, {})
+    size = (tiles.R, tiles.NB, tiles.KS)
+    if size not in of_brain:
+        of_brain[size] = tile_weights(brain.shape, brain.matrices, brain.decoder, *size)
+    return of_brain[size]
 
 
 def _signed(word: int) -> int:
@@ -163,4 +193,16 @@ def _stream_scratch(
         like.new_empty(num_programs * lanes * 4, dtype=torch.float32),
         like.new_empty(num_programs * lanes, dtype=torch.int32),
         like.new_empty((3 if filtered else 1) * lanes * shape.vocab_size, dtype=torch.float32),
+    ]
+
+
+def _packet_scratch(shape: BrainShape, num_programs: int, filtered: bool, device: torch.device) -> list[Tensor]:
+    """The same for the kernel of a single lane."""
+    num_layers = shape.num_cortex + shape.num_memory
+    num_packets = (num_layers + 1) * (8 * shape.width + shape.mlp_width) + shape.num_columns
+    return [
+        torch.zeros(num_packets, dtype=torch.int64, device=device),
+        torch.empty(8 * num_programs, device=device),
+        torch.empty(2 * num_programs, dtype=torch.int32, device=device),
+        torch.empty((3 if filtered else 1) * shape.vocab_size, device=device),
     ]

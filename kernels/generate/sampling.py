@@ -103,12 +103,13 @@ def race(
 def race_logits(
     p_seen, p_lanes, p_positions, p_candidate, p_candidate_id, p_logits, step, num_lanes, seed_low, seed_high,
     temperature, penalty, V: tl.constexpr, GREEDY: tl.constexpr, PENALTY: tl.constexpr, FILTER: tl.constexpr,
-    BL: tl.constexpr, BV: tl.constexpr,
+    BL: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """As `race`, from the raw logits `[B, V]` of this program's own ids, which it has just stored."""
+    """As `race`, from the raw logits `[B, V]` of this program's own ids (dealt in multiples of UNIT), which it has just
+    stored."""
     o_l = tl.arange(0, BL)
     in_batch = o_l < num_lanes
-    tile, last = share(V, 1)
+    tile, last = share(V, UNIT)
     best = tl.full([BL], float("-inf"), tl.float32)
     best_id = tl.zeros([BL], tl.int32)
     best_raw = tl.full([BL], float("-inf"), tl.float32)

@@ -5,7 +5,10 @@ ahead as its shared memory reaches; a barrier between phases stops the arithmeti
 of KC channels of this program's share of a matrix: first the chunks of a row's channels, then the other half of a pair
 (drive and gate, SwiGLU's two), then the next rows, then the next matrix.
 
-The order is written down once for each program, as two words a tile: where it lies, for asking, and what it is, for
+Tiles are laid out beforehand, each contiguous, so that the tensor memory accelerator fetches one by its number. No
+thread then has a copy of its own in flight, which a barrier's fence would wait for.
+
+The order is written down once for each program, as two words a tile: its number, for asking, and what it is, for
 using. A kernel that worked it out instead would spend more on that than on the products.
 """
 
@@ -13,7 +16,6 @@ import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 import functools
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -27,68 +29,68 @@ MLP_IN = tl.constexpr(3)
 MLP_OUT = tl.constexpr(4)
 DECODE = tl.constexpr(5)
 
-MAX_ROWS = 512  # of a tile, and MAX_CHUNKS of a row, as a word holds them
-MAX_CHUNKS = 63
+_NO_TILE = 2**24
 
 
 @functools.lru_cache(maxsize=16)
 def stream_table(shape: BrainShape, num_programs: int, rows: int, channels: int, device: torch.device) -> Tensor:
-    """`[P, T, 2]` int64 on the device, T tiles a token; see `fetch_tile` and `Tile` for the two words."""
-    width, mlp_width = shape.width, shape.mlp_width
+    """`[P, T, 2]` int64 on the device, T tiles a token: the tile's number in the order of `tile_weights`, past the last
+    where there is nothing to read (zeros then come without reading), and what it is, for using (see the kernel)."""
     program = torch.arange(num_programs)
     fetch, use = [], []
-
-    def add(kind: int, layer: int, base: int, num_rows: int, width_in: int, pair: int = 0) -> None:
-        each = -(-num_rows // num_programs)
+    base = 0
+    for kind, layer, _, num_rows, width_in, halves in _matrices(shape):
+        num_units = -(-num_rows // rows)
         num_chunks = -(-width_in // channels)
-        halves = 2 if pair else 1
-        for row in range(0, each, rows):
-            first = program * each + row
-            left = (torch.minimum(first + each - row, torch.tensor(num_rows)) - first).clamp(0, rows)
+        each = -(-num_units // num_programs)
+        for row in range(each):
+            unit = program * each + row
+            left = (num_rows - unit * rows).clamp(0, rows)
             for half in range(halves):
                 for chunk in range(num_chunks):
                     starts = row == half == chunk == 0
                     ends_rows = chunk == num_chunks - 1
-                    ends = ends_rows and half == halves - 1 and row + rows >= each
-                    offset = base + half * pair + first * width_in + chunk * channels
-                    offset = torch.where(left > 0, offset, 0)
-                    inside = min(channels, width_in - chunk * channels) // 16
-                    what = inside << 12 | (kind == DECODE.value) << 11 | (kind == MLP_OUT.value) << 10
-                    fetch.append(offset // 16 << 24 | what | left)
+                    ends = ends_rows and half == halves - 1 and row == each - 1
+                    tile = base + (half * num_units + unit) * num_chunks + chunk
+                    fetch.append(torch.where(left > 0, tile, _NO_TILE))
                     flags = starts | ends_rows << 1 | ends << 2 | half << 3 | kind << 4 | chunk << 8 | layer << 24
-                    use.append(flags | left << 14 | first << 36)
-
-    base = 0
-    for layer in range(shape.num_cortex + shape.num_memory):
-        if shape.num_wernicke <= layer < shape.num_wernicke + shape.num_memory:
-            add(MEMORY_IN.value, layer, base, 4 * width, width)
-            base += 4 * width**2
-        else:
-            add(CORTEX_IN.value, layer, base, width, width, pair=width**2)
-            base += 2 * width**2
-        add(OUT.value, layer, base, width, width)
-        base += width**2
-        add(MLP_IN.value, layer, base, mlp_width, width, pair=mlp_width * width)
-        base += 2 * mlp_width * width
-        add(MLP_OUT.value, layer, base, width, mlp_width)
-        base += mlp_width * width
-    add(DECODE.value, shape.num_cortex + shape.num_memory, 0, shape.vocab_size, width)
+                    use.append(flags | left << 14 | unit * rows << 36)
+        base += halves * num_units * num_chunks
     return torch.stack([torch.stack(fetch, 1), torch.stack(use, 1)], 2).to(device)
 
 
-@triton.jit
-def fetch_tile(
-    p_matrices, p_decoder, word,
-    D: tl.constexpr, M: tl.constexpr, R: tl.constexpr, NB: tl.constexpr, KS: tl.constexpr,
-):  # fmt: skip
-    """The tile of weights that a first word names, [NB, R, KS]. The word: rows (10 bits), whether rows are M channels
-    long, whether it is the decoder's, channels in units of 16 (12 bits), and the place in units of 16 weights."""
-    o_r = tl.arange(0, R)[None, :, None]
-    o_k = tl.arange(0, NB)[:, None, None] * KS + tl.arange(0, KS)[None, None, :]
-    flags = word.to(tl.int32)
-    K = tl.where((flags & 1024) != 0, M, D)
-    p_w = tl.where((flags & 2048) != 0, p_decoder, p_matrices) + (word >> 24) * 16
-    mask = tl.broadcast_to(o_r < (flags & 1023), [NB, R, KS])
-    if D % (NB * KS) > 0 or M % (NB * KS) > 0:
-        mask = mask & (o_k < ((flags >> 12) & 4095) * 16)
-    return tl.load(p_w + o_r * K + o_k, mask=mask, other=0.0)
+def tile_weights(
+    shape: BrainShape, matrices: Tensor, decoder: Tensor, rows: int, slices: int, slice_channels: int
+) -> Tensor:
+    """All matrices cut into tiles `[N, slices, rows, slice_channels]`, each contiguous, filled up with zeros: for each
+    matrix (or half of a pair) the blocks of rows, for each block the chunks of its channels."""
+    channels = slices * slice_channels
+    pieces = []
+    for kind, _, offset, num_rows, width_in, halves in _matrices(shape):
+        flat = decoder.reshape(-1) if kind == DECODE.value else matrices
+        for half in range(halves):
+            first = offset + half * num_rows * width_in
+            matrix = flat[first : first + num_rows * width_in].view(num_rows, width_in)
+            padded = torch.nn.functional.pad(matrix, (0, -width_in % channels, 0, -num_rows % rows))
+            cut = padded.view(-1, rows, padded.shape[1] // channels, slices, slice_channels)
+            pieces.append(cut.permute(0, 2, 3, 1, 4).reshape(-1, slices, rows, slice_channels))
+    return torch.cat(pieces)
+
+
+def _matrices(shape: BrainShape) -> list[tuple[int, int, int, int, int, int]]:
+    """In the order they are read: what a matrix is for, its layer, its offset in `matrices`, its rows, its channels and
+    whether it is a pair."""
+    width, mlp_width = shape.width, shape.mlp_width
+    order, offset = [], 0
+    num_layers = shape.num_cortex + shape.num_memory
+    for layer in range(num_layers):
+        if shape.num_wernicke <= layer < shape.num_wernicke + shape.num_memory:
+            first = (MEMORY_IN.value, 4 * width, width, 1)
+        else:
+            first = (CORTEX_IN.value, width, width, 2)
+        rest = [(OUT.value, width, width, 1), (MLP_IN.value, mlp_width, width, 2), (MLP_OUT.value, width, mlp_width, 1)]
+        for kind, num_rows, width_in, halves in [first, *rest]:
+            order.append((kind, layer, offset, num_rows, width_in, halves))
+            offset += num_rows * width_in * halves
+    order.append((DECODE.value, num_layers, 0, shape.vocab_size, width, 1))
+    return order

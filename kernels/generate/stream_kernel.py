@@ -12,15 +12,16 @@ import triton.language as tl
 from kernels.generate.device import silu
 from kernels.generate.phases import go_gates
 from kernels.generate.sampling import all_ended, filtered_winner, race_logits, record, relay_columns, winner
-from kernels.generate.stream import CORTEX_IN, DECODE, MEMORY_IN, MLP_OUT, OUT, fetch_tile
+from kernels.generate.stream import CORTEX_IN, DECODE, MEMORY_IN, MLP_OUT, OUT
 from kernels.generate.stream_phases import (
     arrive,
     block_barrier,
     column_parts,
-    copy_spikes,
     fetch_memory,
     group_scale,
     load_columns,
+    load_groups,
+    load_squares,
     memory_unit,
     norm_scale,
     spike_update,
@@ -32,7 +33,7 @@ from kernels.generate.stream_phases import (
 @triton.jit(do_not_specialize=["num_lanes", "num_wernicke", "num_memory", "num_broca", "seed_low", "seed_high", "top_k",
                                "limit", "num_ids", "num_stop", "num_tiles", "zero"])  # fmt: skip
 def stream_kernel(
-    p_embedding, p_decoder, p_matrices, p_vectors,
+    p_embedding, d_tiles, p_vectors,
     p_ids, p_log_probs, p_lengths, p_seen, p_stop, p_lanes, p_positions, p_cortex, p_memory,
     p_x, p_x_columns, p_columns, p_hidden, p_inner, p_group, p_square, p_go, p_candidate, p_candidate_id, p_logits,
     p_counter, p_table,
@@ -58,7 +59,7 @@ def stream_kernel(
     SPREAD: tl.constexpr = LN > 1 or FILTER
     cortex_vectors: tl.constexpr = (D * (C + 2) + 63) // 64 * 64
     memory_vectors: tl.constexpr = ((2 if DELTA else 1) * (D // N) * (D + 1) + 63) // 64 * 64
-    type: tl.constexpr = p_matrices.dtype.element_ty
+    type: tl.constexpr = p_embedding.dtype.element_ty
     p_go_vector = p_vectors + (num_wernicke + num_broca) * cortex_vectors + num_memory * memory_vectors
     p_taps = p_go_vector + (((D // C) * (D + 1) + 63) // 64 * 64 if GO else 0)
     num_units = num_lanes * (D // CU)
@@ -86,6 +87,7 @@ def stream_kernel(
         row_scale = tl.full([LN], 1.0, tl.float32)
         acc = tl.zeros([NB, R, BL], tl.float32)
         held = tl.zeros([R, LN], tl.float32)
+        before, new = tl.zeros([R, LN], tl.float32), tl.zeros([R, LN], tl.float32)
         square = tl.zeros([LN], tl.float32)
 
         # Words of the table are read two tiles before they are needed. (A loop that hands a value on unchanged is not
@@ -95,7 +97,7 @@ def stream_kernel(
         fetch, next_fetch = tl.load(p_table), tl.load(p_table + 2 * ahead)
         use, next_use = tl.load(p_table + 1), tl.load(p_table + 1 + 2 * place)
         for _tile in tl.range(0, tl.minimum(limit - step, TOKENS) * num_tiles, num_stages=STAGES):
-            w = fetch_tile(p_matrices, p_decoder, fetch, D, M, R, NB, KS)
+            w = tl.reshape(d_tiles.load([fetch.to(tl.int32), 0, 0, 0]), [NB, R, KS])
             fetch = next_fetch + zero
             ahead = tl.where(ahead + 1 == num_tiles, 0, ahead + 1)
             next_fetch = tl.load(p_table + 2 * ahead)
@@ -110,6 +112,17 @@ def stream_kernel(
             layer = ((tile >> 24) & 4095).to(tl.int32)
             is_memory = (layer >= num_wernicke) & (layer < num_wernicke + num_memory)
 
+            o_n = (tile >> 36).to(tl.int32) + o_r
+            rows = o_r < ((flags >> 14) & 1023)
+            mask = rows[:, None] & (o_l < num_lanes)[None, :]
+            if chunk == 0:
+                acc = tl.zeros([NB, R, BL], tl.float32)
+                # What the sums will be added to is asked for before the activations, not after the products.
+                adds = mask & ((kind == OUT) | (kind == MLP_OUT))
+                before = tl.load(p_x + o_l[None, :] * D + o_n[:, None], mask=adds, other=0.0, cache_modifier=".cg")
+                adds = adds & (kind == OUT)
+                new = tl.load(p_group + o_l[None, :] * D + o_n[:, None], mask=adds, other=0.0, cache_modifier=".cg")
+
             if flags & 1:
                 K = tl.where(kind == MLP_OUT, M, D)
                 p_in = p_x_columns
@@ -117,53 +130,25 @@ def stream_kernel(
                     p_in = p_hidden
                 if kind == OUT:
                     p_in = p_columns
+                # All loads first, then what is made of them.
+                normed = (kind != OUT) & (kind != MLP_OUT)
+                squares = load_squares(p_square, num_lanes, normed, BP, LN)
                 x = load_columns(p_in, K, num_lanes, NB, KS, BL, LN, SPLIT)
                 if kind == OUT:
+                    values = load_groups(p_group, num_lanes, D, NB, KS, BL, LN, SPLIT)
                     if is_memory:
-                        scale = group_scale(
-                            p_group,
-                            p_go,
-                            layer >= num_wernicke + num_memory,
-                            num_lanes,
-                            N,
-                            D,
-                            C,
-                            False,
-                            EPS,
-                            NB,
-                            KS,
-                            BL,
-                            LN,
-                            SPLIT,
-                        )
+                        scale = group_scale(values, p_go, False, num_lanes, N, D, C, False, EPS, NB, KS, BL, LN, SPLIT)
                     else:
-                        scale = group_scale(
-                            p_group,
-                            p_go,
-                            layer >= num_wernicke + num_memory,
-                            num_lanes,
-                            C,
-                            D,
-                            C,
-                            GO,
-                            EPS,
-                            NB,
-                            KS,
-                            BL,
-                            LN,
-                            SPLIT,
-                        )
+                        gated = layer >= num_wernicke + num_memory
+                        scale = group_scale(values, p_go, gated, num_lanes, C, D, C, GO, EPS, NB, KS, BL, LN, SPLIT)
                 else:
                     scale = tl.full([NB, BL], 1.0, tl.float32)
-                if (kind != OUT) & (kind != MLP_OUT):
-                    row_scale = norm_scale(p_square, num_lanes, D, EPS, BP, LN)
+                row_scale = norm_scale(squares, normed, D, EPS)
                 square = tl.zeros([LN], tl.float32)
                 if GO:  # noqa: SIM102, one is decided when compiled
                     if (kind == CORTEX_IN) & (layer == num_wernicke + num_memory):
                         go_gates(p_x, p_go, p_go_vector, num_lanes, D, D // C, EPS, BD)
 
-            if chunk == 0:
-                acc = tl.zeros([NB, R, BL], tl.float32)
             # Of all columns' products with this chunk of weights, those of its own activations count.
             counts = (column_chunk == chunk).to(tl.float32)
             acc += tl.dot(w, x, input_precision="ieee") * counts[None, None, :]
@@ -177,15 +162,12 @@ def stream_kernel(
                 p_state = p_cortex + cortex_before * (3 * num_lanes * D)
                 p_fast = p_memory + memory_before.to(tl.int64) * (num_lanes * D * N)
                 half = (flags >> 3) & 1
-                o_n = (tile >> 36).to(tl.int32) + o_r
-                rows = o_r < ((flags >> 14) & 1023)
-                mask = rows[:, None] & (o_l < num_lanes)[None, :]
                 if (kind == OUT) | (kind == MLP_OUT):
-                    p_n = p_x + o_l[None, :] * D + o_n[:, None]
-                    if (kind == OUT) & (not is_memory):
-                        copy_spikes(p_group, p_state + 2 * num_lanes * D, o_n, rows, num_lanes, D, LN)
-                    out += tl.load(p_n, mask=mask, other=0.0, cache_modifier=".cg")
-                    tl.store(p_n, out, mask=mask)
+                    # The new spikes become the state's, now that nobody reads the old ones.
+                    p_n = o_l[None, :] * D + o_n[:, None]
+                    tl.store(p_state + 2 * num_lanes * D + p_n, new, mask=mask & (kind == OUT) & (not is_memory))
+                    out += before
+                    tl.store(p_x + p_n, out, mask=mask)
                     store_columns(p_x_columns, out, o_n, rows, num_lanes, D, LN, SPLIT)
                     square += tl.sum(tl.where(mask, out * out, 0.0), 0)
                     if flags & 4:
@@ -215,7 +197,7 @@ def stream_kernel(
                         block_barrier(SINGLE)
                         race_logits(
                             p_seen, p_lanes, p_positions, p_candidate, p_candidate_id, p_logits, step, num_lanes,
-                            seed_low, seed_high, temperature, penalty, V, GREEDY, PENALTY, FILTER, LN, BRACE,
+                            seed_low, seed_high, temperature, penalty, V, GREEDY, PENALTY, FILTER, LN, BRACE, R,
                         )  # fmt: skip
                         arrive(p_counter, SINGLE)
                         arrived += P

@@ -28,14 +28,17 @@ def arrive(p_counter, SINGLE: tl.constexpr):
 
 @triton.jit
 def wait(p_counter, target, SINGLE: tl.constexpr):
-    """Wait for `target` arrivals since the launch; what was stored before them is then visible. One warp polls."""
+    """Wait for `target` arrivals since the launch; what was stored before them is then visible to loads with `.cg`.
+
+    One warp polls, relaxed: an acquire would throw away the first-level cache at each poll, and what other programs
+    write is never read from it."""
     if not SINGLE:
         tl.inline_asm_elementwise(
             """{ .reg .pred p; .reg .u32 t;
             mov.u32 t, %tid.x;
             setp.ge.u32 p, t, 32;
             @p bra DONE;
-            POLL: ld.acquire.gpu.global.u32 t, [$1];
+            POLL: ld.relaxed.gpu.global.u32 t, [$1];
             sub.u32 t, t, $2;
             setp.lt.s32 p, t, 0;
             @p bra POLL;
@@ -92,17 +95,35 @@ def store_columns(p_columns, value, o_r, rows, num_lanes, K: tl.constexpr, LN: t
 
 
 @triton.jit
-def norm_scale(p_square, num_lanes, D: tl.constexpr, EPS: tl.constexpr, BP: tl.constexpr, LN: tl.constexpr):
-    """The factor of RMS norm of each lane, [LN], from each program's share of the sum of squares, `[P, LN]`."""
+def load_squares(p_square, num_lanes, needed, BP: tl.constexpr, LN: tl.constexpr):
+    """Each program's share of the sum of squares, `[P, LN]`."""
     o_p, o_l = tl.arange(0, BP)[:, None], tl.arange(0, LN)[None, :]
-    mask = (o_p < tl.num_programs(0)) & (o_l < num_lanes)
-    squares = tl.load(p_square + o_p * LN + o_l, mask=mask, other=0.0, cache_modifier=".cg")
-    return tl.rsqrt(tl.sum(squares, 0) / D + EPS)
+    mask = (o_p < tl.num_programs(0)) & (o_l < num_lanes) & needed
+    return tl.load(p_square + o_p * LN + o_l, mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def norm_scale(squares, needed, D: tl.constexpr, EPS: tl.constexpr):
+    """The factor of RMS norm of each lane, [LN]."""
+    return tl.where(needed, tl.rsqrt(tl.sum(squares, 0) / D + EPS), 1.0)
+
+
+@triton.jit
+def load_groups(
+    p_group, num_lanes, D: tl.constexpr, NB: tl.constexpr, KS: tl.constexpr, BL: tl.constexpr, LN: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """The values `[B, D]` that are normalised by group, for each column of a product, [NB, KS, BL]."""
+    lane, chunk, _ = column_parts(BL, LN, SPLIT)
+    o_s = (tl.arange(0, NB)[:, None] + (chunk * NB)[None, :]) * KS
+    o_k = o_s[:, None, :] + tl.arange(0, KS)[None, :, None]
+    mask = (o_k < D) & (lane < num_lanes)[None, None, :]
+    return tl.load(p_group + lane[None, None, :] * D + o_k, mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
 def group_scale(
-    p_group, p_go, gated, num_lanes, GROUP: tl.constexpr, D: tl.constexpr, C: tl.constexpr, GO: tl.constexpr,
+    value, p_go, gated, num_lanes, GROUP: tl.constexpr, D: tl.constexpr, C: tl.constexpr, GO: tl.constexpr,
     EPS: tl.constexpr, NB: tl.constexpr, KS: tl.constexpr, BL: tl.constexpr, LN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The factor by which each slice counts, [NB, BL]: the RMS norm of its group of channels, and its column's gate
@@ -110,9 +131,6 @@ def group_scale(
     lane, chunk, _ = column_parts(BL, LN, SPLIT)
     o_s = (tl.arange(0, NB)[:, None] + (chunk * NB)[None, :]) * KS
     lanes = (lane < num_lanes)[None, :]
-    o_k = o_s[:, None, :] + tl.arange(0, KS)[None, :, None]
-    p = p_group + lane[None, None, :] * D + o_k
-    value = tl.load(p, mask=(o_k < D) & lanes[:, None, :], other=0.0, cache_modifier=".cg")
     square = tl.sum(value * value, 1)
     SPAN: tl.constexpr = GROUP // KS
     if SPAN > 1:
@@ -171,15 +189,6 @@ def spike_update(
     tl.store(p_state + plane + o_n, a, mask=mask & active)
     tl.store(p_group + o_n, s, mask=mask)
     return s
-
-
-@triton.jit
-def copy_spikes(p_group, p_spikes, o_r, rows, num_lanes, D: tl.constexpr, LN: tl.constexpr):
-    """The new spikes become the state's, once nobody reads the old ones."""
-    o_l = tl.arange(0, LN)
-    o_n = o_l[None, :] * D + o_r[:, None]
-    mask = rows[:, None] & (o_l < num_lanes)[None, :]
-    tl.store(p_spikes + o_n, tl.load(p_group + o_n, mask=mask, other=0.0, cache_modifier=".cg"), mask=mask)
 
 
 @triton.jit

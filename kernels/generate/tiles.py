@@ -127,7 +127,21 @@ class StreamTiles:
         return constants
 
 
+def packet_constexprs(shape: BrainShape, tiles: StreamTiles) -> dict[str, int]:
+    """What the kernel for a single lane takes besides: channels of width D and M at once (FD, FM), in whole chunks, and
+    how many of them a thread polls at once."""
+    chunk = tiles.NB * tiles.KS
+    constants = {}
+    for name, width in (("D", shape.width), ("M", shape.mlp_width)):
+        channels = chunk * triton.next_power_of_2(triton.cdiv(width, chunk))
+        of_thread = channels // (32 * tiles.num_warps)
+        constants["F" + name] = channels
+        constants["PACK_" + name] = 8 if of_thread >= 8 else 2 if of_thread >= 2 else 1
+    return constants
+
+
 MAX_STREAM_LANES = 4
+MAX_PACKET_LANES = 1
 _RING_BYTES = 192 * 1024  # of shared memory, for tiles in flight
 
 
@@ -145,12 +159,12 @@ def choose_stream(
             unit //= 2
     channels = max(group, min(channels, triton.next_power_of_2(shape.width)))
     slice_channels = min(64, shape.column_width, shape.head_width)
-    # Columns: every lane's chunks of channels, twice where that is not too many.
+    # Columns: every lane's chunks of channels, twice where values are rounded and that is not too many.
     lanes = triton.next_power_of_2(num_lanes)
     while triton.cdiv(max(shape.width, shape.mlp_width), channels) > 8:
         channels *= 2
     chunks = triton.next_power_of_2(triton.cdiv(max(shape.width, shape.mlp_width), channels))
-    split = 2 * lanes * chunks <= 32
+    split = (dtype.itemsize == 2 or num_programs == 1) and 2 * lanes * chunks <= 32
     tile_bytes = rows * channels * dtype.itemsize
     return StreamTiles(
         BL=max(8, lanes * chunks * (2 if split else 1)),
@@ -163,7 +177,7 @@ def choose_stream(
         BD=triton.next_power_of_2(shape.width),
         BV=min(2048, triton.next_power_of_2(shape.vocab_size)),
         BP=triton.next_power_of_2(num_programs),
-        BRACE=min(512, triton.next_power_of_2(triton.cdiv(shape.vocab_size, num_programs))),
+        BRACE=min(512, triton.next_power_of_2(triton.cdiv(triton.cdiv(shape.vocab_size, rows), num_programs) * rows)),
         P=num_programs,
         STAGES=min(16, _RING_BYTES // tile_bytes + 1),
     )

@@ -10,7 +10,7 @@ import torch
 from kernels.generate import generate
 from kernels.generate.limits import check_shape
 from neurogen.generation.loop import PolledReader, token_loop
-from neurogen.generation.packing import brain_shape, pack_brain, pack_state, unpack_state
+from neurogen.generation.packing import brain_shape, pack_state, packed_brain, unpack_state
 from neurogen.generation.prompts import GROUP_LANES, read
 from neurogen.generation.request import Generation, Request
 
@@ -42,7 +42,7 @@ def generate_in_one_launch(model: NeuroGen, request: Request, *, backend: str = 
     dtype = torch.get_autocast_dtype(device.type) if autocast else None
     state = read(model, request.input_ids[:, :-1], request.state)
     out = generate(
-        pack_brain(model, dtype),
+        packed_brain(model, dtype),
         pack_state(model, state),
         request.input_ids[:, -1],
         request.sampling,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -41,11 +42,7 @@ def brain_shape(config: BrainConfig, vocab_size: int) -> BrainShape:
 
 
 def pack_brain(model: NeuroGen, dtype: torch.dtype | None = None) -> PackedBrain:
-    """A copy of the model's weights for the launch, with matrices in `dtype` (the model's own if None).
-
-    It is made anew for each reply: a cached copy would outlive the next update of the weights, and copying costs about
-    as much as generating two tokens.
-    """
+    """A copy of the model's weights for the launch, with matrices in `dtype` (the model's own if None)."""
     dtype = dtype or model.embedding.weight.dtype
     shape = brain_shape(model.config, model.vocab_size)
     matrices, vectors = [], []
@@ -66,6 +63,37 @@ def pack_brain(model: NeuroGen, dtype: torch.dtype | None = None) -> PackedBrain
         torch.cat([empty, *matrices]),
         torch.cat(vectors),
     )
+
+
+# By model: what its weights were at its last reply, and the copy that was made of them.
+_packed: WeakKeyDictionary[NeuroGen, tuple[object, PackedBrain | None]] = WeakKeyDictionary()
+
+
+def packed_brain(model: NeuroGen, dtype: torch.dtype | None = None) -> PackedBrain:
+    """As `pack_brain`, which is spared when the weights have not changed since the last two replies.
+
+    A copy is kept from the second reply on, so that a training run that draws a sample now and then holds none, and
+    only as long as its model lives. A change is seen by the weights' version counters.
+    """
+    weights = _weights_now(model, dtype)
+    if weights is None:
+        return pack_brain(model, dtype)
+    before, brain = _packed.get(model, (None, None))
+    if weights != before or brain is None:
+        brain = None  # the old copy goes before the new one comes
+        _packed[model] = (weights, None)
+        brain = pack_brain(model, dtype)
+        if weights == before:
+            _packed[model] = (weights, brain)
+    return brain
+
+
+def _weights_now(model: NeuroGen, dtype: torch.dtype | None) -> object | None:
+    """What changes whenever a weight does; None where nothing does (tensors of inference mode count no versions)."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
+    return dtype, [(tensor.data_ptr(), tensor.dtype, tensor.device, tensor._version) for tensor in tensors]
 
 
 def _layer_vectors(layer: CortexLayer | MemoryLayer) -> Tensor:

@@ -4,6 +4,9 @@ Runs in Triton's interpreter, a second or two a token, so brains are tiny and re
 ones widen both.
 """
 
+import gc
+import weakref
+
 import brains
 import pytest
 import torch
@@ -16,7 +19,7 @@ from neurogen import NeuroGen
 from neurogen.generation import Generation, Request
 from neurogen.generation.launch import generate_in_one_launch, launch_or_loop
 from neurogen.generation.loop import PolledReader, token_loop
-from neurogen.generation.packing import brain_shape, pack_brain, pack_state, unpack_state
+from neurogen.generation.packing import brain_shape, pack_brain, pack_state, packed_brain, unpack_state
 
 PRESETS = {
     "plain": ({}, {}, 1),
@@ -124,6 +127,27 @@ def test_the_layout_is_as_long_as_it_says(rule: str, go_gate: bool) -> None:
     packed = pack_brain(model)
     assert packed.matrices.numel() == packed.shape.matrices_size
     assert packed.vectors.numel() == packed.shape.vectors_size
+
+
+def test_weights_are_packed_anew_when_they_have_changed_and_go_with_their_model() -> None:
+    model = brains.small_brain()
+    first = packed_brain(model)
+    kept = packed_brain(model)
+    assert kept is not first  # one sample now and then keeps nothing
+    assert packed_brain(model) is kept
+    assert packed_brain(model, torch.bfloat16) is not kept
+    kept = [packed_brain(model) for _ in range(3)][-1]
+    with torch.no_grad():
+        next(model.brain.parameters()).add_(1.0)
+    changed = packed_brain(model)
+    assert changed is not kept
+    assert not (torch.equal(changed.matrices, kept.matrices) and torch.equal(changed.vectors, kept.vectors))
+    kept = [packed_brain(model) for _ in range(2)][-1]
+    assert packed_brain(model) is kept
+    matrices = weakref.ref(kept.matrices)
+    del model, kept, first, changed
+    gc.collect()
+    assert matrices() is None
 
 
 def test_generating_leaves_the_given_state_alone() -> None:

@@ -8,44 +8,58 @@ from pathlib import Path
 import pytest
 
 PROGRAM = """
-import re, sys, torch
+import torch
 from kernels.generate.kernel import generate_kernel
 from kernels.generate.layout import BrainShape
-from kernels.generate.tiles import choose_tiles
+from kernels.generate.packet_kernel import packet_kernel
+from kernels.generate.stream_kernel import stream_kernel
+from kernels.generate.tiles import choose_stream, choose_tiles, packet_constexprs
 from kernels.offline import SHARED_LIMITS, compile_kernel
 
 sizes = {{
-    "base": BrainShape(1536, 128, 64, 4096, 50257, 1, 4, 1),
+    "base": BrainShape(1536, 128, 128, 4096, 50257, 1, 4, 1),
     "small": BrainShape(512, 64, 64, 1344, 257, 1, 4, 1),
     "nano": BrainShape(128, 64, 64, 320, 257, 1, 2, 1),
+    "two widths": BrainShape(64, 32, 16, 192, 67, 1, 2, 2),  # of columns and heads, which the interpreter lets pass
 }}
-shape, lanes, dtype, capability = sizes["{size}"], {lanes}, torch.{dtype}, {capability}
-tiles = choose_tiles(shape, lanes, dtype, 132)
+shape, lanes, dtype, capability, name = sizes["{size}"], {lanes}, torch.{dtype}, {capability}, "{name}"
+kernel = {{"packet": packet_kernel, "stream": stream_kernel, "generate": generate_kernel}}[name]
+tiles = (choose_tiles if name == "generate" else choose_stream)(shape, lanes, dtype, 132)
 constants = dict(
     D=shape.width, C=shape.column_width, N=shape.head_width, M=shape.mlp_width, V=shape.vocab_size, TAPS=4, GRADED=True,
     DELTA=False, GO=True, THETA=0.5, BETA=0.5, RHO=0.95, EPS=1e-6, GREEDY=False, PENALTY=False, TOP_K=False,
     TOP_P=False, MIN_P=False, BS=1, SINGLE=False, **tiles.constexprs(),
 )
-types = dict.fromkeys(("p_ids", "p_stop", "p_lanes", "p_positions", "p_counter"), "*i64")
-types |= dict.fromkeys(("p_embedding", "p_decoder", "p_matrices"), "*bf16" if dtype.itemsize == 2 else "*fp32")
+if kernel is packet_kernel:
+    constants |= packet_constexprs(shape, tiles)
+weight = "bf16" if dtype.itemsize == 2 else "fp32"
+types = dict.fromkeys(("p_ids", "p_stop", "p_lanes", "p_positions", "p_packets", "p_table"), "*i64")
+types |= dict.fromkeys(("p_embedding", "p_decoder", "p_matrices", "p_x_columns", "p_columns"), "*" + weight)
 types |= {{"p_lengths": "*i32", "p_candidate_id": "*i32", "p_seen": "*i8"}}
+if kernel is generate_kernel:
+    types["p_counter"] = "*i64"
+else:
+    types |= {{"p_counter": "*i32", "p_hidden": "*" + weight}}
+    types["d_tiles"] = f"tensordesc<{{weight}}[1,{{tiles.NB}},{{tiles.R}},{{tiles.KS}}]>"
 types |= dict.fromkeys(("temperature", "penalty", "top_p", "log_min_p"), "fp32") | dict.fromkeys(constants, "constexpr")
-signature = {{
-    name: types.get(name, "*fp32" if name.startswith("p_") else "i32") for name in generate_kernel.arg_names
-}}
-used, code = compile_kernel(
-    generate_kernel, signature, constants, capability=capability, num_warps=tiles.num_warps
-)
+signature = {{name: types.get(name, "*fp32" if name[:2] == "p_" else "i32") for name in kernel.arg_names}}
+used, code = compile_kernel(kernel, signature, constants, capability=capability, num_warps=tiles.num_warps)
 print(used)
 assert used.stack_bytes <= {stack}, used
 assert used.shared_bytes <= SHARED_LIMITS[capability], used
-assert "LDGSTS.E.BYPASS.128" in code, "weights are not copied 16 bytes at a time"
-assert "CCTL.E.PF2" in code, "nothing is prefetched"
+if kernel is generate_kernel:
+    assert "LDGSTS.E.BYPASS.128" in code, "weights are not copied 16 bytes at a time"
+    assert "CCTL.E.PF2" in code, "nothing is prefetched"
+else:
+    assert code.count("UTMALDG") == tiles.STAGES, "the loop over tiles is not pipelined"
+    assert "LDGSTS" not in code, "a thread has copies in flight at a fence"
+if kernel is packet_kernel:
+    assert code.count("MEMBAR.ALL.GPU") == 1, "one barrier a token, before the draw"
 """
 
 
-def compile_launch(size: str, lanes: int, dtype: str, capability: int, stack: int = 0) -> None:
-    program = PROGRAM.format(size=size, lanes=lanes, dtype=dtype, capability=capability, stack=stack)
+def compile_launch(name: str, size: str, lanes: int, dtype: str, capability: int, stack: int = 0) -> None:
+    program = PROGRAM.format(name=name, size=size, lanes=lanes, dtype=dtype, capability=capability, stack=stack)
     root = Path(__file__).parents[2]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
     done = subprocess.run(
@@ -55,19 +69,22 @@ def compile_launch(size: str, lanes: int, dtype: str, capability: int, stack: in
 
 
 def test_the_launch_compiles_for_an_h200() -> None:
-    compile_launch("small", 1, "bfloat16", 90)
+    compile_launch("packet", "small", 1, "bfloat16", 90)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("size", "lanes", "dtype", "capability"),
+    ("name", "size", "lanes", "dtype", "capability"),
     [
-        ("base", 1, "bfloat16", 90),
-        ("base", 16, "bfloat16", 90),
-        ("base", 1, "bfloat16", 89),
-        ("small", 4, "float32", 90),
+        ("packet", "base", 1, "bfloat16", 90),
+        ("packet", "nano", 1, "bfloat16", 90),
+        ("packet", "two widths", 1, "float32", 90),
+        ("stream", "base", 4, "bfloat16", 90),
+        ("generate", "base", 16, "bfloat16", 90),
+        ("generate", "base", 16, "bfloat16", 89),
+        ("generate", "small", 16, "float32", 90),
     ],
 )
-def test_other_sizes_compile(size: str, lanes: int, dtype: str, capability: int) -> None:
-    # Numbers that live through a whole token may be put aside, some 30 words; a spilled tile would take thousands.
-    compile_launch(size, lanes, dtype, capability, stack=128)
+def test_other_sizes_compile(name: str, size: str, lanes: int, dtype: str, capability: int) -> None:
+    # Numbers that live through a whole token may be put aside, some 80 words; a spilled tile would take thousands.
+    compile_launch(name, size, lanes, dtype, capability, stack=320)
