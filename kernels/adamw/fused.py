@@ -16,41 +16,22 @@ import kernels.launch  # noqa: F401  before triton: it chooses the interpreter
 from kernels.adamw.reference import AdamWOptions
 from kernels.launch import INTERPRETED, check_launchable
 
-_BLOCK = 2048
+_BLOCK = 1024  # numbers a program works on at a time
+_BLOCKS = 8  # a program works on one after the other, having read once where its tensors lie
+_PROGRAM = _BLOCK * _BLOCKS
 _COLUMNS = tl.constexpr(6)  # of the table of addresses: see `AddressTable`
 
 
 @triton.jit
-def adamw_kernel(
-    table_ptr,  # [P, 6] int64
-    block_ptr,  # [blocks, 2] int32: which parameter, and which block of it
-    correction_ptr,  # [P, 2] float32: 1 - beta1^step, 1 - beta2^step
-    lr_ptr,  # 0-d float32
-    grad_scale_ptr,  # 0-d float32
-    skip_ptr,  # 0-d float32
-    beta1,
-    beta2,
-    eps,
-    weight_decay,
-    BLOCK: tl.constexpr,
-    HALF: tl.constexpr,
-):
-    if tl.load(skip_ptr) == 0.0:
-        i_param = tl.load(block_ptr + 2 * tl.program_id(0))
-        i_block = tl.load(block_ptr + 2 * tl.program_id(0) + 1)
-        row = table_ptr + i_param * _COLUMNS
-        p_param = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.float32)), 16)
-        p_grad = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(tl.float32)), 16)
-        p_avg = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.float32)), 16)
-        p_avg_sq = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(tl.float32)), 16)
-        rounded = tl.load(row + 4)
-        num_elements = tl.load(row + 5)
-        correction1 = tl.load(correction_ptr + 2 * i_param)
-        correction2 = tl.load(correction_ptr + 2 * i_param + 1)
-        lr = tl.load(lr_ptr)
-        offsets = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = offsets < num_elements
-        b_grad = tl.load(p_grad + offsets, mask=mask, other=0.0) * tl.load(grad_scale_ptr)
+def _update(
+    p_param, p_grad, p_avg, p_avg_sq, rounded, first, last, lr, scale, correction1, correction2, beta1, beta2, eps,
+    weight_decay, BLOCK: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Elements first to last of one parameter."""
+    for start in tl.range(first, last, BLOCK, num_stages=2):
+        offsets = start + tl.arange(0, BLOCK)
+        mask = offsets < last
+        b_grad = tl.load(p_grad + offsets, mask=mask, other=0.0) * scale
         b_param = tl.load(p_param + offsets, mask=mask, other=0.0)
         b_avg = tl.load(p_avg + offsets, mask=mask, other=0.0)
         b_avg_sq = tl.load(p_avg_sq + offsets, mask=mask, other=0.0)
@@ -66,6 +47,51 @@ def adamw_kernel(
             tl.store(p_rounded + offsets, b_param.to(HALF), mask=mask)
 
 
+@triton.jit
+def adamw_kernel(
+    table_ptr,  # [P, 6] int64
+    block_ptr,  # [programs, 2] int32: which parameter, and which part of it
+    correction_ptr,  # [P, 2] float32: 1 - beta1^step, 1 - beta2^step
+    lr_ptr,  # 0-d float32
+    grad_scale_ptr,  # 0-d float32
+    skip_ptr,  # 0-d float32
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    if tl.load(skip_ptr) == 0.0:
+        i_param = tl.load(block_ptr + 2 * tl.program_id(0))
+        i_block = tl.load(block_ptr + 2 * tl.program_id(0) + 1)
+        row = table_ptr + i_param * _COLUMNS
+        p_param = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.float32)), 16)
+        p_grad = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(tl.float32)), 16)
+        p_avg = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.float32)), 16)
+        p_avg_sq = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(tl.float32)), 16)
+        rounded = tl.load(row + 4)
+        num_elements = tl.load(row + 5)
+        correction1 = tl.load(correction_ptr + 2 * i_param)
+        correction2 = tl.load(correction_ptr + 2 * i_param + 1)
+        lr = tl.load(lr_ptr)
+        scale = tl.load(grad_scale_ptr)
+        first = i_block.to(tl.int64) * (BLOCK * BLOCKS)
+        last = tl.minimum(first + BLOCK * BLOCKS, num_elements)
+        # A mask that ends on a multiple of four lets four numbers be read at once.
+        if last % 4 == 0:
+            _update(
+                p_param, p_grad, p_avg, p_avg_sq, rounded, first, tl.multiple_of(last, 4), lr, scale, correction1,
+                correction2, beta1, beta2, eps, weight_decay, BLOCK, HALF,
+            )  # fmt: skip
+        else:
+            _update(
+                p_param, p_grad, p_avg, p_avg_sq, rounded, first, last, lr, scale, correction1, correction2, beta1,
+                beta2, eps, weight_decay, BLOCK, HALF,
+            )  # fmt: skip
+
+
 class AddressTable:
     """Where the tensors of P parameters lie, as the launch reads it.
 
@@ -79,7 +105,7 @@ class AddressTable:
         assert not _recording(device), "a recorded launch needs a table made before"
         blocks = []
         for i, param in enumerate(params):
-            count = torch.arange(-(-param.numel() // _BLOCK), dtype=torch.int32, device=device)
+            count = torch.arange(-(-param.numel() // _PROGRAM), dtype=torch.int32, device=device)
             blocks.append(torch.stack([torch.full_like(count, i), count], 1))
         self.blocks = torch.cat(blocks)
         self.table = torch.zeros(len(params), _COLUMNS.value, dtype=torch.int64, device=device)
@@ -162,6 +188,7 @@ def launch_adamw(
         options.eps,
         options.weight_decay,
         BLOCK=_BLOCK,
+        BLOCKS=_BLOCKS,
         HALF=half,
         num_warps=1 if INTERPRETED else 4,
     )

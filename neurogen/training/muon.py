@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurogen.training.distributed import shard_like, whole
+from neurogen.training.distributed import is_sharded, shard_like, whole
 
 # The quintic a x + b x^3 + c x^5, steepest at zero: after five rounds it carries any singular value in [0.002, 1]
 # into about [0.7, 1.2].
@@ -40,9 +40,13 @@ def orthogonalize(matrix: Tensor, *, num_iterations: int = 5, eps: float = 1e-7)
     if tall:
         x = x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(eps)
+    shape = x.shape
+    x = x.reshape(-1, *shape[-2:])
     for _ in range(num_iterations):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    x = x.view(shape)
     return (x.mT if tall else x).to(matrix.dtype)
 
 
@@ -98,19 +102,26 @@ class Muon(torch.optim.Optimizer):
         for param in params:
             if not self.state[param]:
                 self.state[param]["momentum_buffer"] = torch.zeros_like(param)
-        old = [self.state[param]["momentum_buffer"] for param in params]
-        grads = [param.grad for param in params if param.grad is not None]  # all of them, see step
-        new = torch._foreach_lerp(old, grads, 1.0 - group["momentum"])
-        direction = torch._foreach_lerp(grads, new, group["momentum"]) if group["nesterov"] else new
+        momenta = [self.state[param]["momentum_buffer"] for param in params]
         # A matrix is orthogonal as a whole: every process works on all of it and keeps its own part.
-        matrices = torch.stack([whole(each) for each in direction]).unflatten(-2, (group["num_stacked"], -1))
-        updates = orthogonalize(matrices, num_iterations=group["num_iterations"]).flatten(-3, -2)
-        scale = ADAMW_UPDATE_RMS * math.sqrt(max(matrices.shape[-2:]))
-        skip = None if self.found_inf is None else self.found_inf.bool()
-        for param, before, after, update in zip(params, old, new, updates):
-            moved = param * (1.0 - group["lr"] * group["weight_decay"])
-            moved = moved - shard_like(update, param) * (group["lr"] * scale)
-            if skip is not None:
-                after, moved = torch.where(skip, before, after), torch.where(skip, param, moved)
-            before.copy_(after)
-            param.copy_(moved)
+        grads = [param.grad for param in params if param.grad is not None]  # all of them, see step
+        old, grad, matrix = (
+            torch.stack([whole(each) for each in tensors])
+            for tensors in (momenta, grads, [param.detach() for param in params])
+        )
+        new = old.lerp(grad, 1.0 - group["momentum"])
+        direction = grad.lerp(new, group["momentum"]) if group["nesterov"] else new
+        parts = direction.unflatten(-2, (group["num_stacked"], -1))
+        update = orthogonalize(parts, num_iterations=group["num_iterations"]).flatten(-3, -2)
+        scale = ADAMW_UPDATE_RMS * math.sqrt(max(parts.shape[-2:]))
+        moved = matrix * (1.0 - group["lr"] * group["weight_decay"]) - update * (group["lr"] * scale)
+        if self.found_inf is not None:
+            skip = self.found_inf.bool()
+            new, moved = torch.where(skip, old, new), torch.where(skip, matrix, moved)
+        for targets, values in ((momenta, new), (params, moved)):
+            own = [shard_like(value, target) for value, target in zip(values, targets)]
+            if any(is_sharded(target) for target in targets):
+                for target, value in zip(targets, own):
+                    target.copy_(value)
+            else:
+                torch._foreach_copy_(targets, own)

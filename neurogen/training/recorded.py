@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gc
 from collections.abc import Sequence
 
 import torch
@@ -118,9 +119,23 @@ class RecordedUpdate:
         self._before = [state.clone() for state in states]
         self._after = [state.clone() for state in states]
         self.update.optimizer.zero_grad()
+        # What is collected meanwhile may free device memory, which ends a recording: another step's graph, for example.
+        gc.collect()
+        collects = gc.isenabled()
+        gc.disable()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()  # the recording has memory of its own
         graph = torch.cuda.CUDAGraph()
+        try:
+            result = self._run_recording(graph, batches)
+        finally:
+            if collects:
+                gc.enable()
+        self._graph = graph
+        self._result = dataclasses.replace(result, states=list(self._after)) if states else result
+        self._versions = self._current_versions()
+
+    def _run_recording(self, graph: torch.cuda.CUDAGraph, batches: Sequence[Batch]) -> StepResult:
         # Other threads, such as the one that reads ahead, go on using the device meanwhile.
         recording = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
         with self.update.optimizer.recording(), recording:
@@ -129,9 +144,7 @@ class RecordedUpdate:
             result = self.update(self._batches, self._before or [None] * len(batches))
             for after, state in zip(self._after, result.states):
                 _copy_state(after, state)
-        self._graph = graph
-        self._result = dataclasses.replace(result, states=list(self._after)) if states else result
-        self._versions = self._current_versions()
+        return result
 
 
 class Pace:

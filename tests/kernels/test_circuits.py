@@ -32,7 +32,7 @@ def compare(run, inputs, *, dtype, device, cast=("h",)):
 
     Between a half-precision projection and the neurons it drives lies a rounding that moves some of them over a kink of
     their derivative, whoever computes it. So in half precision the definition is run in it as well, and the fused form
-    may be a quarter further from float64 than the definition is, or within the tolerance.
+    may be half as far again from float64 as the definition is, or within the tolerance.
     """
     exact = _evaluate(run, inputs, "reference", torch.float64, torch.float64, device=device, cast=cast)
     fused = _evaluate(run, inputs, "fused", dtype, torch.float32, device=device, cast=cast)
@@ -42,7 +42,7 @@ def compare(run, inputs, *, dtype, device, cast=("h",)):
             rounded = _evaluate(run, inputs, "reference", dtype, torch.float32, device=device, cast=cast)
     for tolerance, got, expected, alike in zip(TOLERANCES[dtype], fused, exact, rounded):
         for name, value in expected.items():
-            limit = max(tolerance, 1.25 * relative_error(alike[name], value)) if alike else tolerance
+            limit = max(tolerance, 1.5 * relative_error(alike[name], value)) if alike else tolerance
             assert relative_error(got[name], value) < limit, name
     for name, grad in fused[1].items():
         assert grad.dtype == (dtype if name in cast else torch.float32), name

@@ -1,5 +1,6 @@
 """Every mode gives what the whole-sequence reference gives: loss, gradients, states, health."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -197,14 +198,35 @@ def test_only_some_weights_train(make_model: Callable[..., NeuroGen]) -> None:
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-12)
 
 
+def errors(results: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
+    """As `assert_equal_results` measures them, of what both have."""
+    common = results.keys() & reference.keys()
+    return {
+        name: float((results[name] - reference[name]).norm() / reference[name].norm().clamp_min(1e-3))
+        for name in common
+    }
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["graded-hebbian", "graded-delta-tied", "one-token"])
-@pytest.mark.parametrize("bf16", [False, True])
-def test_modes_agree_on_gpu(name: str, bf16: bool, make_model: Callable[..., NeuroGen]) -> None:
+def test_modes_agree_on_gpu(name: str, make_model: Callable[..., NeuroGen]) -> None:
     case = CASES[name]
-    model = make_model(dtype=torch.float32, **case.config)
-    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=bf16):
-        model.to("cuda")
-        reference = run(model, "unfused", case)
+    model = make_model(dtype=torch.float32, **case.config).to("cuda")
+    reference = run(model, "unfused", case)
+    for mode in TOKEN_MODES:
+        assert_equal_results(run(model, mode, case), reference, 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["graded-hebbian", "graded-delta-tied", "one-token"])
+def test_modes_agree_in_bfloat16_on_gpu(name: str, make_model: Callable[..., NeuroGen]) -> None:
+    """Rounding moves neurons over the kinks of their derivative, in every mode others; so each mode is held to float64,
+    and may be half as far again from it as the definition is in bfloat16."""
+    case = CASES[name]
+    model = make_model(dtype=torch.float32, **case.config).to("cuda")
+    exact = run(copy.deepcopy(model).double(), "unfused", case)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        definition = errors(run(model, "unfused", case), exact)
         for mode in TOKEN_MODES:
-            assert_equal_results(run(model, mode, case), reference, 3e-2 if bf16 else 1e-4)
+            for quantity, error in errors(run(model, mode, case), exact).items():
+                assert error <= max(3e-2, 1.5 * definition[quantity]), (mode, quantity)

@@ -1,5 +1,6 @@
 """What is skipped, what a stuck run leaves, and that replaying it names the culprit."""
 
+import gc
 import json
 import math
 from pathlib import Path
@@ -286,7 +287,10 @@ def test_a_step_on_a_gpu_does_not_wait(text: Path, monkeypatch: pytest.MonkeyPat
 def test_a_dry_run_on_a_gpu_suggests_what_fits(text: Path) -> None:
     big = ["trainer.device=cuda", "mode=unfused", "data.lanes=16", "data.window=64", "model.embedding_dim=1024"]
     big += ["trainer.max_steps=1", "data.batching=random"]
-    torch.cuda.set_per_process_memory_fraction(1.5e9 / torch.cuda.get_device_properties(0).total_memory)
+    gc.collect()
+    torch.cuda.empty_cache()
+    allowed = torch.cuda.memory_reserved() + 1.5e9  # tests before this one may hold some
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
     try:
         with pytest.raises(UserError, match=r"does not fit into memory.*; trainer.accumulation=\d+ fits") as caught:
             train(configure(*big))
