@@ -28,7 +28,6 @@ from neurogen.benchmark import Row, write_rows
 from neurogen.benchmark.harness import machine_facts
 from neurogen.config.compose import compose_config
 from neurogen.errors import UserError
-from neurogen.training import recorder
 from neurogen.training.checkpoint import find_latest
 from neurogen.training.run import train
 from neurogen.training.update import Update
@@ -65,7 +64,6 @@ def main(arguments: list[str]) -> int:
 
 def measure(model: str, settings: dict[str, Any]) -> list[Row]:
     """The rows of one model."""
-    recorder.plot_run = lambda path: []
     every = settings["every"]
     times: dict[int, list[list[float]]] = {0: [], every: []}
     with tempfile.TemporaryDirectory() as directory:
@@ -114,7 +112,7 @@ def step_times(model: str, settings: dict[str, Any], run_dir: Path, every: int) 
     words += [f"trainer.max_steps={settings['steps']}", f"trainer.checkpoint_every={every}", "trainer.evaluate_every=0"]
     words += ["trainer.sample_every=0", "trainer.sample_prompts=['']", "trainer.sample_tokens=1", "logger=none"]
     words += ["trainer.evaluate_tokens=64", "trainer.evaluate_reset=false", f"trainer.device={settings['device']}"]
-    words += ["trainer.log_every=1", f"run_dir={run_dir}", "trainer.dtype=float32"]
+    words += ["trainer.log_every=1", f"run_dir={run_dir}", "trainer.dtype=float32", "trainer.health_plots=false"]
     Update.__call__ = noted  # type: ignore[method-assign]
     try:
         train(compose_config(words))

@@ -96,6 +96,7 @@ def test_scaling_of_real_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_saving_is_measured_where_it_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NEUROGEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("neurogen.training.recorder.plot_run", lambda path: [])
     main = script("benchmark_saving")["main"]
     settings = {"model": "nano", "steps": 12, "every": 4, "repeats": 2, "lanes": 2, "window": 8, "device": "cpu"}
     assert main([*(f"{key}={value}" for key, value in settings.items()), "out=o.json"]) == 0
