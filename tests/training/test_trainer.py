@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,12 @@ from neurogen.training.metrics import read_metrics
 from neurogen.training.run import train
 from neurogen.training.trained import load_trained
 
+ROOT = Path(__file__).resolve().parents[2]
+BASE = ["experiment=test", "data=text", "data.path=file*.txt", "data.validation_fraction=0.2"]
 QUICK = ["trainer.checkpoint_every=0", "trainer.evaluate_tokens=64"]
 QUICK += ["trainer.sample_prompts=['']", "trainer.sample_tokens=2"]
-TIMINGS = ("seconds", "throughput/tokens_per_second", "memory/peak_bytes")
+TIMINGS = ("seconds", "throughput/tokens_per_second", "throughput/mfu", "memory/peak_bytes")
+TIMINGS += ("data/stalls", "data/wait_seconds", "data/wait_share")
 
 
 @pytest.fixture
@@ -44,8 +49,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plots: bool) -> Path:
 
 
 def configure(*overrides: str) -> Config:
-    base = ["experiment=test", "data=text", "data.path=file*.txt", "data.validation_fraction=0.2"]
-    return compose_config([*base, *QUICK, *overrides])
+    return compose_config([*BASE, *QUICK, *overrides])
 
 
 def untimed(path: Path) -> list[dict[str, Any]]:
@@ -86,6 +90,20 @@ def test_the_seed_decides_everything(text: Path) -> None:
     assert untimed(text / "a/metrics.jsonl") != untimed(text / "c/metrics.jsonl")
 
 
+def assert_same_end(whole_run: Path, resumed_run: Path) -> None:
+    """Both runs ended with the same bits in everything, and say the same of each step but for the time it took."""
+    whole, resumed = load_checkpoint(whole_run), load_checkpoint(resumed_run)
+    assert whole.step == resumed.step
+    for kind in ("model_tensors", "optimizer_tensors", "state_tensors"):
+        ours, theirs = getattr(whole, kind).load(), getattr(resumed, kind).load()
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            assert torch.equal(tensor, theirs[key]), f"{kind}: {key}"
+    for key in ("tokens", "data_position", "rng"):
+        assert whole.metadata[key] == resumed.metadata[key]
+    assert untimed(whole_run / "metrics.jsonl") == untimed(resumed_run / "metrics.jsonl")
+
+
 EXACT = {
     "lanes": ["trainer.log_every=4"],  # stopped inside a logging interval
     "random windows": ["data.batching=random", "optimizer=muon", "schedule=wsd"],
@@ -103,17 +121,24 @@ def test_stopping_and_resuming_is_not_stopping(text: Path, name: str) -> None:
     assert (status["state"], status["step"]) == ("interrupted", 3)
     torch.manual_seed(12345)  # a new process would not have the old one's generators
     train(configure("resume=parts", *overrides))
-    whole, parts = load_checkpoint("whole"), load_checkpoint("parts")
-    for kind in ("model_tensors", "optimizer_tensors", "state_tensors"):
-        ours, theirs = getattr(whole, kind).load(), getattr(parts, kind).load()
-        assert ours.keys() == theirs.keys()
-        for key, tensor in ours.items():
-            assert torch.equal(tensor, theirs[key]), f"{kind}: {key}"
-    for key in ("tokens", "data_position", "rng"):
-        assert whole.metadata[key] == parts.metadata[key]
+    assert_same_end(text / "whole", text / "parts")
     if "epoch" in name:
         assert untimed(text / "whole/metrics.jsonl")[-1]["data/epoch"] >= 1
-    assert untimed(text / "whole/metrics.jsonl") == untimed(text / "parts/metrics.jsonl")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("mode", ["unfused", "fused"])
+def test_stopping_and_resuming_on_a_gpu_is_not_stopping(text: Path, mode: str, optimizer: str) -> None:
+    """In processes of their own: a recording of the step begins anew, and cuBLAS reads its workspace's setting once."""
+    wide = ["model.embedding_dim=64", "model.column_width=32", "model.head_width=32", "model.chunk_size=16"]
+    command = [sys.executable, str(ROOT / "scripts/train.py"), *BASE, *QUICK, *wide, "trainer.max_steps=12"]
+    command += [f"mode={mode}", f"optimizer={optimizer}", "trainer.device=cuda", "trainer.dtype=bfloat16"]
+    command += ["trainer.deterministic=true", "data.window=64"]
+    for ending in (["run_dir=whole"], ["run_dir=parts", "trainer.stop_at_step=6"], ["resume=parts"]):
+        done = subprocess.run([*command, *ending], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_end(text / "whole", text / "parts")
 
 
 def test_reading_ahead_changes_nothing(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,10 +147,10 @@ def test_reading_ahead_changes_nothing(text: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("neurogen.training.session.read_ahead", Prefetcher)
     train(configure("run_dir=ahead", "trainer.stop_at_step=2", *limits))
     train(configure("resume=ahead", *limits))
-    rows = untimed(text / "ahead/metrics.jsonl")
-    assert all(row.pop("data/stalls") >= 0 and row.pop("data/wait_seconds") >= 0 for row in rows)
-    assert all(0 <= row.pop("data/wait_share") < 1 for row in rows)
-    assert rows == untimed(text / "plain/metrics.jsonl")
+    rows = read_metrics(text / "ahead/metrics.jsonl")
+    assert all(row["data/stalls"] >= 0 and row["data/wait_seconds"] >= 0 for row in rows)
+    assert all(0 <= row["data/wait_share"] < 1 for row in rows)
+    assert untimed(text / "ahead/metrics.jsonl") == untimed(text / "plain/metrics.jsonl")
     plain, ahead = load_checkpoint("plain"), load_checkpoint("ahead")
     assert plain.metadata["data_position"] == ahead.metadata["data_position"]
     for key, tensor in plain.model_tensors.load().items():
