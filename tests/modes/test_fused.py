@@ -9,7 +9,8 @@ from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
 
 from kernels.launch import INTERPRETED
-from neurogen import BrainState, NeuroGen
+from neurogen import BrainConfig, BrainState, NeuroGen
+from neurogen.diagnosis.counters import count_runtime_calls
 
 SIZES = {"embedding_dim": 16, "column_width": 16, "head_width": 16, "chunk_size": 16}
 
@@ -67,6 +68,26 @@ def test_launches_do_not_grow_with_the_sequence(make_model: Callable[..., NeuroG
         counts.append(len(launched))
         launched.clear()
     assert counts[0] == counts[1] == counts[2] > 0
+
+
+@pytest.mark.gpu
+def test_a_steps_launches_and_waits_do_not_grow_on_a_gpu() -> None:
+    """What cuBLAS adds to a product by its own judgement of the shape, sums of split products, is left out."""
+    brain = BrainConfig(embedding_dim=64, column_width=32, head_width=32)
+    model = NeuroGen(brain, vocab_size=257, mode="fused").to("cuda")
+    model.set_optimizer(torch.optim.AdamW(model.parameters(), fused=True))
+    counts, waits = [], []
+    for num_tokens in (128, 4096):
+        ids = torch.randint(257, (32, num_tokens), device="cuda")
+        model.train_step(ids, ids)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            model.train_step(ids, ids)
+            torch.cuda.synchronize()
+        names = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        counts.append(sum(not any(part in name for part in ("splitK", "Memset", "memset")) for name in names))
+        waits.append(count_runtime_calls(lambda ids=ids: model.train_step(ids, ids))[1])
+    assert counts[0] == counts[1] > 50
+    assert waits == [1, 1]
 
 
 def test_generates_the_same_tokens(make_model: Callable[..., NeuroGen]):
