@@ -262,10 +262,11 @@ def test_the_number_of_launches_does_not_depend_on_the_number_of_tokens() -> Non
     def launches(num_tokens: int) -> int:
         with torch.no_grad():
             request = make_request(model, 1, num_tokens)
-            generate_in_one_launch(model, request)
+            for _ in range(2):  # a model's weights are packed in its first two replies, and then kept
+                generate_in_one_launch(model, request)
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 generate_in_one_launch(model, request)
                 torch.cuda.synchronize()
-        return sum(event.count for event in profile.key_averages())
+        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
-    assert launches(4) == launches(64)
+    assert launches(4) == launches(64) > 0

@@ -28,7 +28,7 @@ def check(shape, *, dtype=torch.float32, device="cpu"):
     leaf, exact_leaf = (x.to(device, t).detach().requires_grad_() for t in (dtype, torch.float64))
     out, exact = swiglu(leaf, backend="fused"), swiglu(exact_leaf)
     out.backward(grad.to(device))
-    exact.backward(grad.double())
+    exact.backward(grad.to(device, torch.float64))
     assert out.dtype == leaf.grad.dtype == dtype
     out_tolerance, grad_tolerance = (1e-5, 1e-4) if dtype == torch.float32 else (1e-2, 2e-2)
     assert relative_error(out, exact) < out_tolerance

@@ -1,6 +1,7 @@
 """Every mode gives what the whole-sequence reference gives: loss, gradients, states, health."""
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,9 +42,9 @@ CASES = {
 }
 
 
-def sequence(case: Case, model: NeuroGen) -> tuple[Tensor, Tensor, Tensor | None, BrainState]:
+def sequence(case: Case, model: NeuroGen, seed: int) -> tuple[Tensor, Tensor, Tensor | None, BrainState]:
     """Ids, targets (one ignored), document starts and the state before them."""
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator().manual_seed(seed)
     shape = (case.lanes, case.num_tokens)
     ids = torch.randint(model.vocab_size, shape, generator=generator)
     targets = torch.randint(model.vocab_size, shape, generator=generator)
@@ -58,9 +59,9 @@ def sequence(case: Case, model: NeuroGen) -> tuple[Tensor, Tensor, Tensor | None
     return ids, targets, starts, state
 
 
-def run(model: NeuroGen, mode: str, case: Case) -> dict[str, Tensor]:
+def run(model: NeuroGen, mode: str, case: Case, seed: int = 4) -> dict[str, Tensor]:
     """Everything a training step sees: outputs, and gradients of a loss that also weighs the final state."""
-    ids, targets, starts, state = sequence(case, model)
+    ids, targets, starts, state = sequence(case, model, seed)
     device = model.device
     model.set_mode(mode)
     model.zero_grad()
@@ -221,12 +222,17 @@ def test_modes_agree_on_gpu(name: str, make_model: Callable[..., NeuroGen]) -> N
 @pytest.mark.parametrize("name", ["graded-hebbian", "graded-delta-tied", "one-token"])
 def test_modes_agree_in_bfloat16_on_gpu(name: str, make_model: Callable[..., NeuroGen]) -> None:
     """Rounding moves neurons over the kinks of their derivative, in every mode others; so each mode is held to float64,
-    and may be half as far again from it as the definition is in bfloat16."""
-    case = CASES[name]
+    and may be half as far again from it as the definition is in bfloat16. One sequence's error is a matter of which
+    few neurons were moved, so errors are root mean squares over sequences."""
+    case, num_sequences = CASES[name], 16
     model = make_model(dtype=torch.float32, **case.config).to("cuda")
-    exact = run(copy.deepcopy(model).double(), "unfused", case)
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        definition = errors(run(model, "unfused", case), exact)
-        for mode in TOKEN_MODES:
-            for quantity, error in errors(run(model, mode, case), exact).items():
-                assert error <= max(3e-2, 1.5 * definition[quantity]), (mode, quantity)
+    double = copy.deepcopy(model).double()
+    squares: dict[tuple[str, str], float] = defaultdict(float)
+    for seed in range(num_sequences):
+        exact = run(double, "unfused", case, seed)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            for mode in ("unfused", *TOKEN_MODES):
+                for quantity, error in errors(run(model, mode, case, seed), exact).items():
+                    squares[mode, quantity] += error**2 / num_sequences
+    for (mode, quantity), square in squares.items():
+        assert square**0.5 <= max(3e-2, 1.5 * squares["unfused", quantity] ** 0.5), (mode, quantity)

@@ -84,9 +84,10 @@ def test_a_steps_launches_and_waits_do_not_grow_on_a_gpu() -> None:
             model.train_step(ids, ids)
             torch.cuda.synchronize()
         names = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        counts.append(sum(not any(part in name for part in ("splitK", "Memset", "memset")) for name in names))
+        counts.append(Counter(name for name in names if not any(x in name for x in ("splitK", "Memset", "memset"))))
         waits.append(count_runtime_calls(lambda ids=ids: model.train_step(ids, ids))[1])
-    assert counts[0] == counts[1] > 50
+    # By number, not by name: cuBLAS and torch choose another kernel for another shape.
+    assert counts[0].total() == counts[1].total() > 50, (counts[0] - counts[1], counts[1] - counts[0])
     assert waits == [1, 1]
 
 
