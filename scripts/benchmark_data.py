@@ -31,7 +31,6 @@ import numpy as np
 import tokenizers
 import torch
 
-from neurogen.benchmark.harness import machine_facts
 from neurogen.data import BpeTokenizer, DataConfig, LaneBatches, RandomBatches, TokenStream, build_corpus
 from neurogen.data.batches import Batches
 from neurogen.data.prepare import prepare_shards, write_json
@@ -39,6 +38,7 @@ from neurogen.data.shards import ShardedTokens, ShardStream
 from neurogen.data.shuffle import ShuffledLaneBatches
 from neurogen.data.sources import stdlib_sources
 from neurogen.errors import UserError
+from neurogen.machine import machine_facts
 
 READ_TOKENS, READ_BATCHES, LANES, WINDOW = 100_000_000, 4000, 64, 512
 NUM_SHARDS = {"1 file": 1, "8 shards": 8}

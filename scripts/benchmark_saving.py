@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from neurogen.benchmark import Row, write_rows
-from neurogen.benchmark.harness import machine_facts
 from neurogen.config.compose import compose_config
 from neurogen.errors import UserError
+from neurogen.machine import machine_facts
 from neurogen.training.checkpoint import find_latest
 from neurogen.training.run import train
 from neurogen.training.update import Update

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from neurogen.benchmark import Row, write_rows
-from neurogen.benchmark.harness import machine_facts
 from neurogen.config.compose import compose_config
 from neurogen.errors import UserError
+from neurogen.machine import machine_facts
 from neurogen.training.metrics import read_metrics
 
 TRAIN = Path(__file__).resolve().with_name("train.py")

@@ -150,7 +150,8 @@ def launch_adamw(
         table: made for these parameters.
         params, grads, exp_avgs, exp_avg_sqs: contiguous float32, each beginning on 16 bytes.
         steps: 0-d float32 each, the number of this step from 1 on.
-        rounded: half-precision tensors that are given the new values, or None.
+        rounded: tensors that are given the new values, or None; all of one type, which is float32 where a layer that
+            trains in it keeps several weights as one matrix.
         lr, grad_scale, skip: 0-d float32 on the device.
 
     Raises:
@@ -158,7 +159,7 @@ def launch_adamw(
     """
     check_launchable("adamw", *params, *grads, lr, grad_scale, skip)
     halves = {copy.dtype for copy in rounded if copy is not None}
-    assert len(halves) <= 1, "one half-precision type a launch"
+    assert len(halves) <= 1, "copies of one type a launch"
     rows = []
     for param, grad, avg, avg_sq, copy in zip(params, grads, exp_avgs, exp_avg_sqs, rounded, strict=True):
         addresses = [x.data_ptr() for x in (param, grad, avg, avg_sq)]
@@ -175,7 +176,8 @@ def launch_adamw(
     count = torch.stack(list(steps)).double()
     logs = [math.log(beta) if beta > 0.0 else -math.inf for beta in (options.beta1, options.beta2)]
     corrections = torch.stack([-torch.expm1(count * log) for log in logs], 1).float()
-    half = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[next(iter(halves), torch.bfloat16)]
+    kinds = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+    half = kinds[next(iter(halves), torch.bfloat16)]
     adamw_kernel[(len(table.blocks),)](
         table.table,
         table.blocks,

@@ -8,30 +8,18 @@ row with its error.
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from neurogen.machine import machine_facts
 from neurogen.training.graph import capture
 
 FLUSH_BYTES = 256 << 20  # several times any L2 cache
-PACKAGES = (
-    "torch",
-    "triton",
-    "flash-linear-attention",
-    "liger-kernel",
-    "cut-cross-entropy",
-    "flashrnn",
-    "spikingjelly",
-)
 
 
 @dataclass(frozen=True)
@@ -45,6 +33,7 @@ class Contender:
             computes another function (a peer's nearest equivalent).
         limit: the largest error with which its time is reported.
         extra: derived figures from its median time in seconds, in place of the comparison's.
+        recordable: whether its work may be recorded as a CUDA graph where the comparison asks for that.
     """
 
     provider: str
@@ -52,6 +41,7 @@ class Contender:
     error: Callable[[torch.device], float] | None = None
     limit: float = 2e-2
     extra: Callable[[float], dict[str, float]] | None = None
+    recordable: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,24 +64,6 @@ class Row:
     recorded: bool = False
     extra: dict[str, float] = field(default_factory=dict)
     machine: dict[str, str] = field(default_factory=dict)
-
-
-def machine_facts() -> dict[str, str]:
-    """Device, versions and commit, as every row carries them."""
-    facts = {"python": platform.python_version(), "device": platform.processor() or platform.machine()}
-    if torch.cuda.is_available():
-        facts["device"] = torch.cuda.get_device_name()
-        facts["cuda"] = str(torch.version.cuda)
-    for package in PACKAGES:
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    commit = os.environ.get("NEUROGEN_COMMIT")  # where the code runs from a copy without its history
-    if commit is None:
-        git = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
-        commit = git.stdout.strip() or "unknown"
-    return facts | {"commit": commit}
 
 
 def compare(
@@ -144,7 +116,7 @@ def compare(
             work()  # compiles
             peaks[name] = _peak_bytes(work, device)
             ready[name] = work
-            if record and device.type == "cuda":
+            if record and contender.recordable and device.type == "cuda":
                 replay = _recorded(work, device)
                 if replay is not None:
                     ready[name] = replay

@@ -90,11 +90,12 @@ def cortex_peers(
 
         return _both(forward, [x], backward=backward)
 
+    # A replay of FlashRNN's recorded launches reads memory that is gone, and ends the process's use of the GPU.
     return [
         Contender("cuDNN LSTM, dense", dense_lstm),
-        Contender("FlashRNN LSTM, CUDA alternating", flashrnn("lstm", 4, "cuda")),
-        Contender("FlashRNN LSTM, CUDA fused", flashrnn("lstm", 4, "cuda_fused")),
-        Contender("FlashRNN sLSTM, Triton fused", flashrnn("slstm", 4, "triton_fused")),
+        Contender("FlashRNN LSTM, CUDA alternating", flashrnn("lstm", 4, "cuda"), recordable=False),
+        Contender("FlashRNN LSTM, CUDA fused", flashrnn("lstm", 4, "cuda_fused"), recordable=False),
+        Contender("FlashRNN sLSTM, Triton fused", flashrnn("slstm", 4, "triton_fused"), recordable=False),
         Contender("SpikingJelly LIF, Triton, no lateral weights", spikingjelly("triton")),
         Contender("SpikingJelly LIF, torch, no lateral weights", spikingjelly("torch")),
         Contender("snnTorch Leaky, no lateral weights", snntorch),

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,13 @@ BUDGETS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its directory's name, its configuration as flat keys, its rows, and how it ended."""
+    """One run: its directory's name, its configuration as flat keys, its rows, how it ended, and on what it last ran."""
 
     name: str
     config: dict[str, Any]
     rows: list[Row]
     state: str = "finished"
+    machine: dict[str, Any] = field(default_factory=dict)
 
     @property
     def budget(self) -> str:
@@ -60,7 +61,8 @@ def read_run(path: str | Path) -> Run:
     if not rows:
         raise UserError(f"{directory.metrics_path} has no rows yet; compare runs that have logged something")
     state = str(directory.read_status().get("state", "unknown"))
-    return Run(directory.path.resolve().name, _flat(directory.read_config()), rows, state)
+    config, machine = _flat(directory.read_config()), directory.read_machine()
+    return Run(directory.path.resolve().name, config, rows, state, machine)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -159,6 +161,7 @@ def comparison_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "tokens": run.rows[-1]["tokens"],
             "seconds": run.rows[-1]["seconds"],
             **{key: value for key in METRICS if (value := _finite(last_value(run, key))) is not None},
+            "machine": run.machine,
         }
         for label, members in group_runs(runs).items()
         for run in members

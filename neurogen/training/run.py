@@ -15,6 +15,7 @@ from neurogen.config.compose import build_config, config_to_dict
 from neurogen.config.schema import Config
 from neurogen.data import build_corpus
 from neurogen.errors import UserError
+from neurogen.machine import machine_facts
 from neurogen.training.checkpoint import Checkpoint, load_checkpoint
 from neurogen.training.distributed import World, connect
 from neurogen.training.loggers import make_logger
@@ -75,6 +76,7 @@ def _train(config: Config, world: World) -> int:
                 run.rewind(checkpoint.step)
             if config.resume is not None:
                 run.write_config(config_to_dict(config))
+            run.write_machine(machine_facts(session.precision.device))
             recorder = Recorder(session, run, logger, display, resumed=config.resume is not None, stop=stop)
         with recorder:
             if corpus.left_out:

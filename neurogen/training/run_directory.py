@@ -5,6 +5,7 @@ runs/20260131-235959-9f3a/
     metrics.jsonl    one row a step                     status.json    state, step, tokens, seconds, reason
     samples/         generated text                     plots/         curves
     checkpoints/     see neurogen.training.checkpoint   lock           held while the run is live
+    machine.json     device, versions and commit
 """
 
 import hashlib
@@ -115,6 +116,15 @@ class RunDirectory:
         if not isinstance(config, dict):
             raise UserError(f"{self.config_path} holds no configuration; restore it from the run's checkpoint.json")
         return {str(key): value for key, value in config.items()}
+
+    def write_machine(self, facts: dict[str, str]) -> None:
+        """Write machine.json: what the run was last started or continued on."""
+        write_atomically(self.path / "machine.json", json.dumps(facts, indent=1).encode("ascii") + b"\n")
+
+    def read_machine(self) -> dict[str, Any]:
+        """Return machine.json, or nothing where there is none. Raises UserError when it cannot be read."""
+        path = self.path / "machine.json"
+        return read_json(path, remedy="delete it") if path.exists() else {}
 
     def write_status(
         self,

@@ -29,12 +29,13 @@ def make_parameters(seed=0):
     return params, grads, averages, squares
 
 
+@pytest.mark.parametrize("copy_dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("count", [1.0, 1000.0])
-def test_formula(count):
+def test_formula(count, copy_dtype):
     tensors = make_parameters()
     expected = [[x.double() for x in kind] for kind in tensors]
     steps = [number(count) for _ in SHAPES]
-    rounded = [None, torch.zeros(SHAPES[1], dtype=torch.float16, device=DEVICE), None, None]
+    rounded = [None, torch.zeros(SHAPES[1], dtype=copy_dtype, device=DEVICE), None, None]
     launch_adamw(
         AddressTable(tensors[0]),
         *tensors,
@@ -52,7 +53,7 @@ def test_formula(count):
     for kind, exact in zip(tensors, expected):
         for x, y in zip(kind, exact):
             assert relative_error(x, y) < 1e-6
-    assert torch.equal(rounded[1], tensors[0][1].half())
+    assert torch.equal(rounded[1], tensors[0][1].to(copy_dtype))
 
 
 def test_the_reference_is_torchs_adamw():

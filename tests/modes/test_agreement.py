@@ -3,6 +3,7 @@
 import copy
 from collections import defaultdict
 from collections.abc import Callable
+from statistics import median
 from typing import Any, NamedTuple
 
 import pytest
@@ -223,16 +224,16 @@ def test_modes_agree_on_gpu(name: str, make_model: Callable[..., NeuroGen]) -> N
 def test_modes_agree_in_bfloat16_on_gpu(name: str, make_model: Callable[..., NeuroGen]) -> None:
     """Rounding moves neurons over the kinks of their derivative, in every mode others; so each mode is held to float64,
     and may be half as far again from it as the definition is in bfloat16. One sequence's error is a matter of which
-    few neurons were moved, so errors are root mean squares over sequences."""
-    case, num_sequences = CASES[name], 16
+    few neurons were moved, so errors are medians over sequences."""
+    case, num_sequences = CASES[name], 15
     model = make_model(dtype=torch.float32, **case.config).to("cuda")
     double = copy.deepcopy(model).double()
-    squares: dict[tuple[str, str], float] = defaultdict(float)
+    measured: dict[tuple[str, str], list[float]] = defaultdict(list)
     for seed in range(num_sequences):
         exact = run(double, "unfused", case, seed)
         with torch.autocast("cuda", dtype=torch.bfloat16):
             for mode in ("unfused", *TOKEN_MODES):
                 for quantity, error in errors(run(model, mode, case, seed), exact).items():
-                    squares[mode, quantity] += error**2 / num_sequences
-    for (mode, quantity), square in squares.items():
-        assert square**0.5 <= max(3e-2, 1.5 * squares["unfused", quantity] ** 0.5), (mode, quantity)
+                    measured[mode, quantity].append(error)
+    for (mode, quantity), each in measured.items():
+        assert median(each) <= max(3e-2, 1.5 * median(measured["unfused", quantity])), (mode, quantity)

@@ -285,15 +285,26 @@ def test_a_step_on_a_gpu_does_not_wait(text: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.gpu
 def test_a_dry_run_on_a_gpu_suggests_what_fits(text: Path) -> None:
-    big = ["trainer.device=cuda", "mode=unfused", "data.lanes=16", "data.window=64", "model.embedding_dim=1024"]
+    big = ["trainer.device=cuda", "mode=unfused", "data.lanes=16", "data.window=64", "model.embedding_dim=256"]
     big += ["trainer.max_steps=1", "data.batching=random"]
+
+    def reserved_by(*overrides: str) -> int:
+        gc.collect()
+        torch.cuda.empty_cache()  # tests before this one may hold some
+        torch.cuda.reset_peak_memory_stats()
+        train(configure(*big, *overrides))
+        return torch.cuda.max_memory_reserved()
+
+    whole, parts = reserved_by("run_dir=whole"), reserved_by("run_dir=parts", "trainer.accumulation=16")
+    assert parts < 0.8 * whole, "a step in parts takes no less, so there is nothing to suggest"
     gc.collect()
     torch.cuda.empty_cache()
-    allowed = torch.cuda.memory_reserved() + 1.5e9  # tests before this one may hold some
+    allowed = (whole + parts) / 2
     torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
     try:
         with pytest.raises(UserError, match=r"does not fit into memory.*; trainer.accumulation=\d+ fits") as caught:
-            train(configure(*big))
+            train(configure(*big, "run_dir=a"))
+        gc.collect()
         torch.cuda.empty_cache()
         fits = str(caught.value).split("accumulation=")[1].split()[0]
         train(configure(*big, "run_dir=b", f"trainer.accumulation={fits}"))
