@@ -84,7 +84,7 @@ def compare(
 
     Arguments:
         seconds: of timing for each contender, roughly.
-        min_rounds: turns each gets at least.
+        min_rounds: turns each gets at least, unless they would take long.
         extra: derived figures from a median time in seconds, such as TFLOP/s.
         cold: whether the GPU's L2 cache is flushed before a call; if not, the call before it is the same one, untimed.
         record: whether work is recorded as a CUDA graph where it can be, so that kernels are compared and not how long
@@ -127,10 +127,11 @@ def compare(
     times: dict[str, list[float]] = {name: [] for name in ready}
     if ready:
         once = {name: _time(work, device, cold=cold) for name, work in ready.items()}
-        num_rounds = max(min_rounds, int(seconds / max(max(once.values()), 1e-9)))
-        for _ in range(min(num_rounds, 1000)):
+        num_rounds = {name: _num_rounds(each, seconds, min_rounds) for name, each in once.items()}
+        for turn in range(max(num_rounds.values())):
             for name, work in ready.items():
-                times[name].append(_time(work, device, cold=cold))
+                if turn < num_rounds[name]:
+                    times[name].append(_time(work, device, cold=cold))
     figures = {contender.provider: contender.extra or extra for contender in contenders}
     for name, measured in times.items():
         derive = figures[name]
@@ -152,6 +153,13 @@ def compare(
             machine=machine,
         )
     return [rows[contender.provider] for contender in contenders]
+
+
+def _num_rounds(once: float, seconds: float, min_rounds: int) -> int:
+    """Turns of a contender that takes so long; one that would hold up all others for long gets three."""
+    if once * min_rounds > max(10 * seconds, 1.0):
+        return 3
+    return min(max(min_rounds, int(seconds / max(once, 1e-9))), 1000)
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -34,7 +34,7 @@ BUDGETS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its directory's name, its configuration as flat keys, its rows, how it ended, and on what it last ran."""
+    """One run: its directory's name, its configuration as flat keys, rows, how it ended, and on what it last ran."""
 
     name: str
     config: dict[str, Any]

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -95,3 +96,21 @@ def test_every_case_of_the_kernels_suite_is_unique_and_ours_come_first():
     assert len(set(keys)) == len(keys)
     for case in cases:
         assert [contender.provider for contender in case.contenders][:2] == ["neurogen fused", "neurogen reference"]
+
+
+def test_a_slow_contender_does_not_hold_up_the_others() -> None:
+    turns = Counter()
+
+    def contender(name: str, seconds: float) -> Contender:
+        def work() -> None:
+            turns[name] += 1
+            time.sleep(seconds)
+
+        return Contender(name, lambda device: work)
+
+    rows = compare(
+        "test", "wait", [contender("slow", 0.15), contender("quick", 0.001)], shape={}, dtype="float32",
+        device=torch.device("cpu"), seconds=0.0, min_rounds=8,
+    )  # fmt: skip
+    assert [row.num_runs for row in rows] == [3, 8]
+    assert turns == {"slow": 5, "quick": 10}  # each ran once to compile and once to be timed
