@@ -160,12 +160,20 @@ def comparison_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "steps": run.rows[-1]["step"],
             "tokens": run.rows[-1]["tokens"],
             "seconds": run.rows[-1]["seconds"],
+            "tokens_per_second": run.tokens_per_second,
+            **_largest_wait(run),
             **{key: value for key in METRICS if (value := _finite(last_value(run, key))) is not None},
             "machine": run.machine,
         }
         for label, members in group_runs(runs).items()
         for run in members
     ]
+
+
+def _largest_wait(run: Run) -> dict[str, float]:
+    """The largest share of time spent waiting for data between two rows, where batches are read ahead."""
+    shares = [float(row["data/wait_share"]) for row in run.rows if "data/wait_share" in row]
+    return {"largest_wait_share": max(shares)} if shares else {}
 
 
 def _finite(value: float | None) -> float | None:
