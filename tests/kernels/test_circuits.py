@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fused_checks import poison_new_memory, relative_error
+from fused_checks import CompileCase, check_compiled, poison_new_memory, relative_error
 
 from kernels.cortex import CortexState
 from kernels.cortex_circuit import CortexWeights, cortex_circuit
@@ -172,6 +172,34 @@ def test_mlp(rows, monkeypatch):
 def test_full_precision_linear(rows, width, num_out, monkeypatch):
     poison_new_memory(monkeypatch)
     check_full_precision(rows, width, num_out)
+
+
+def test_full_precision_sums_are_shared_among_programs_alike(monkeypatch):
+    poison_new_memory(monkeypatch)
+    draw = Draw(9)
+    h, weight, bias = draw(3, 400).float(), draw(5, 400).float(), draw(5).float()
+    shared = full_precision_linear(h, weight, bias, backend="fused")
+    monkeypatch.setattr("kernels.linear.full_precision._NUM_PROGRAMS", 1)
+    alone = full_precision_linear(h, weight, bias, backend="fused")
+    torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-5)
+    one_number = full_precision_linear(h[:1], weight[:1], bias[:1], backend="fused")
+    torch.testing.assert_close(one_number, alone[:1, :1], rtol=1e-5, atol=1e-5)
+
+
+def test_full_precision_kernels_compile_without_spills():
+    module = "kernels.linear.full_precision"
+    types = {"h_ptr": "*bf16", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "out_ptr": "*fp32", "num_rows": "i32"}
+    sizes = {"D": 1536, "H": 12, "BLOCK_H": 16, "BLOCK_K": 128}
+    shared = sizes | {"SLICE": 128, "SLICES": 12, "BLOCK_N": 16}
+    alone = sizes | {"SLICE": 1536, "SLICES": 1, "BLOCK_N": 64}
+    finish = {"slice_ptr": "*fp32", "bias_ptr": "*fp32", "out_ptr": "*fp32", "size": "i32"}
+    check_compiled(
+        [
+            CompileCase(module, "full_precision_kernel", types, shared, 4),
+            CompileCase(module, "full_precision_kernel", types, alone, 4),
+            CompileCase(module, "finish_rows_kernel", finish, {"H": 12, "SLICES": 12, "BLOCK": 256}, 4),
+        ]
+    )
 
 
 def test_final_state_alone_has_gradients():
