@@ -7,7 +7,6 @@ workspace and one to the weights; the scan's launches hand out the bias's gradie
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import kernels.launch  # noqa: F401  before triton: it chooses the interpreter
@@ -47,7 +46,8 @@ class _CortexCircuit(torch.autograd.Function):
         options: _Options,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         rows = h.reshape(-1, h.shape[-1])
-        bias = F.pad(drive_bias, (0, drive_bias.shape[0])).to(h.dtype)
+        bias = torch.zeros(2 * drive_bias.shape[0], dtype=h.dtype, device=h.device)
+        bias[: drive_bias.shape[0]] = drive_bias
         projected = torch.addmm(bias, rows, rounded_in.t())
         drive, gate = projected.view(*h.shape[:2], -1).chunk(2, dim=-1)
         lateral, decay = lateral.contiguous(), decay.contiguous()
@@ -79,9 +79,8 @@ class _CortexCircuit(torch.autograd.Function):
         num_lanes, num_tokens, width = spikes.shape
         if grad_written is None:
             grad_written = torch.zeros_like(spikes)
-        state_grads = CortexState(
-            *(torch.zeros_like(voltage) if grad is None else grad.contiguous() for grad in grad_state)
-        )
+        nothing = torch.zeros_like(voltage)
+        state_grads = CortexState(*(nothing if grad is None else grad.contiguous() for grad in grad_state))
         grad_rows = grad_written.reshape(rows.shape)
         grad_activity = grad_rows @ rounded_out
         (grad_out_projection,) = product_gradients([out_projection], grad_rows.t(), activity.view(rows.shape))

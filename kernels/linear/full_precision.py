@@ -10,6 +10,7 @@ from torch import Tensor
 import kernels.launch  # noqa: F401  before triton: it chooses the interpreter
 from kernels.launch import check_launchable
 from kernels.linear.beside import product_gradients, sum_gradient
+from kernels.linear.columns import write_columns
 
 _ROWS_MULTIPLE = 16  # products with fewer or odd numbers of rows are slow
 _BLOCK_K = 128
@@ -141,9 +142,9 @@ class _FullPrecisionLinear(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         num_out, width = weight.shape
         padded = -(-num_out // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
-        wide = torch.zeros(rows.shape[0], padded, dtype=rows.dtype, device=rows.device)
         grad_rows = grad.reshape(-1, num_out)
-        wide[:, :num_out].copy_(grad_rows)
+        wide = torch.empty(rows.shape[0], padded, dtype=rows.dtype, device=rows.device)
+        write_columns(wide, grad_rows)
         weights = torch.zeros(padded, width, dtype=rows.dtype, device=rows.device)
         weights[:num_out].copy_(weight)
         (grad_weight,) = product_gradients([ctx.weight], wide.t(), rows)

@@ -13,6 +13,7 @@ import kernels.launch  # noqa: F401  before triton: it chooses the interpreter
 from kernels.gated_norm import fused as gated_norm
 from kernels.launch import check_launchable
 from kernels.linear import RoundedWeights, idle_gpu, product_gradients, sum_gradient
+from kernels.linear.columns import write_columns
 from kernels.linear.full_precision import full_precision_rows
 from kernels.memory.fused import WIDTHS, memory_backward_into, memory_forward
 from kernels.memory.reference import RULES
@@ -104,9 +105,7 @@ class _MemoryCircuit(torch.autograd.Function):
                 out=(grad_query, grad_key, grad_value),
             )
         logit_grads = [grad.view(-1, num_heads) for grad in (grad_forget, grad_write)[: len(ctx.biases)]]
-        tail = wide[:, 4 * width :].zero_()
-        for i, grad in enumerate(logit_grads):
-            tail[:, i * num_heads : (i + 1) * num_heads].copy_(grad)
+        write_columns(wide[:, 4 * width :], *logit_grads)
 
         grad_in_projection, *grad_gates = product_gradients(ctx.weights, wide.t(), rows)
         gates: list[Tensor | None] = []
