@@ -7,7 +7,6 @@ workspace and one to the weights; the scan's launches hand out the bias's gradie
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import kernels.launch  # noqa: F401  before triton: it chooses the interpreter
@@ -18,7 +17,7 @@ from kernels.cortex.spike import GRADED_CEILING, SPIKES
 from kernels.cortex_circuit.reference import CortexCircuitOutput
 from kernels.gated_norm import fused as gated_norm
 from kernels.launch import check_launchable
-from kernels.linear import RoundedWeights, product
+from kernels.linear import RoundedWeights, idle_gpu, product_gradients
 
 
 class _Options(NamedTuple):
@@ -47,7 +46,8 @@ class _CortexCircuit(torch.autograd.Function):
         options: _Options,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         rows = h.reshape(-1, h.shape[-1])
-        bias = F.pad(drive_bias, (0, drive_bias.shape[0])).to(h.dtype)
+        bias = torch.zeros(2 * drive_bias.shape[0], dtype=h.dtype, device=h.device)
+        bias[: drive_bias.shape[0]] = drive_bias
         projected = torch.addmm(bias, rows, rounded_in.t())
         drive, gate = projected.view(*h.shape[:2], -1).chunk(2, dim=-1)
         lateral, decay = lateral.contiguous(), decay.contiguous()
@@ -61,7 +61,8 @@ class _CortexCircuit(torch.autograd.Function):
             kept = (rows, projected, lateral, decay, *state, go, document_start, spikes, excess, activity)
             ctx.save_for_backward(*kept, rounded_in, rounded_out)
             ctx.options = options
-            ctx.weight_dtypes = in_projection.dtype, drive_bias.dtype, out_projection.dtype
+            ctx.weights = in_projection, out_projection
+            ctx.bias_dtype = drive_bias.dtype
         ctx.mark_non_differentiable(counts)
         ctx.set_materialize_grads(False)
         return written, voltage, adaptation, last_spikes, counts
@@ -74,40 +75,41 @@ class _CortexCircuit(torch.autograd.Function):
             activity, rounded_in, rounded_out,
         ) = ctx.saved_tensors  # fmt: skip
         options: _Options = ctx.options
-        in_dtype, bias_dtype, out_dtype = ctx.weight_dtypes
+        in_projection, out_projection = ctx.weights
         num_lanes, num_tokens, width = spikes.shape
         if grad_written is None:
             grad_written = torch.zeros_like(spikes)
-        state_grads = CortexState(
-            *(torch.zeros_like(voltage) if grad is None else grad.contiguous() for grad in grad_state)
-        )
+        nothing = torch.zeros_like(voltage)
+        state_grads = CortexState(*(nothing if grad is None else grad.contiguous() for grad in grad_state))
         grad_rows = grad_written.reshape(rows.shape)
         grad_activity = grad_rows @ rounded_out
-        grad_out_projection = product(grad_rows.t(), activity.view(rows.shape), out_dtype)
+        (grad_out_projection,) = product_gradients([out_projection], grad_rows.t(), activity.view(rows.shape))
         grad_projected = torch.empty_like(projected)
         drive, gate = projected.view(num_lanes, num_tokens, -1).chunk(2, dim=-1)
         grad_spikes, grad_go = gated_norm.launch_backward(
             spikes, gate, go, grad_activity, grad_projected[:, width:], lateral.shape[-1], options.eps
         )
-        grad_lateral, grad_decay, grad_bias, *grad_initial = scan.launch_backward(
-            grad_spikes,
-            *state_grads,
-            drive,
-            lateral,
-            decay,
-            voltage,
-            adaptation,
-            last_spikes,
-            document_start,
-            spikes,
-            excess,
-            grad_projected.view(num_lanes, num_tokens, -1)[..., :width],
-            *options.spiking,
-        )
+        with idle_gpu():
+            grad_lateral, grad_decay, grad_bias, *grad_initial = scan.launch_backward(
+                grad_spikes,
+                *state_grads,
+                drive,
+                lateral,
+                decay,
+                voltage,
+                adaptation,
+                last_spikes,
+                document_start,
+                spikes,
+                excess,
+                grad_projected.view(num_lanes, num_tokens, -1)[..., :width],
+                *options.spiking,
+            )
+        (grad_in_projection,) = product_gradients([in_projection], grad_projected.t(), rows)
         return (
             (grad_projected @ rounded_in).view(spikes.shape),
-            product(grad_projected.t(), rows, in_dtype),
-            grad_bias.to(bias_dtype),
+            grad_in_projection,
+            grad_bias.to(ctx.bias_dtype),
             grad_lateral,
             grad_decay,
             grad_out_projection,

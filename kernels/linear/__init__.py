@@ -3,11 +3,21 @@
 from torch import Tensor
 
 from kernels.backend import check_backend
+from kernels.linear.beside import idle_gpu, product_gradients, sum_gradient, weight_gradients_beside
 from kernels.linear.products import add_product, product
 from kernels.linear.rounded import RoundedWeights
 from kernels.precision import full_precision_linear as _reference
 
-__all__ = ["RoundedWeights", "add_product", "full_precision_linear", "product"]
+__all__ = [
+    "RoundedWeights",
+    "add_product",
+    "full_precision_linear",
+    "idle_gpu",
+    "product",
+    "product_gradients",
+    "sum_gradient",
+    "weight_gradients_beside",
+]
 
 
 def full_precision_linear(h: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "reference") -> Tensor:

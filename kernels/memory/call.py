@@ -39,6 +39,12 @@ class Call:
         self.num_streams = num_lanes * self.num_heads
         self.num_chunks = triton.cdiv(self.num_tokens, table.length)
 
+    @property
+    def num_walks(self) -> int:
+        """Programs of the two walks over chunks of the backward pass."""
+        tiles = (self.table.recompute.tile, self.table.state_gradient.tile)
+        return sum(self.num_streams * (self.width // tile) for tile in tiles)
+
     def _given(self, x: Tensor | None) -> Tensor:
         return self.absent if x is None else x
 

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.alongside import alongside
 from kernels.launch import INTERPRETED, check_launchable
 from kernels.memory.call import Call, row_readable
 from kernels.memory.launch_table import LaunchTable, launch_table
@@ -168,8 +169,11 @@ def memory_backward_into(
     state_grads = torch.empty_like(states)
     writes = torch.empty(value.shape if call.delta else 0, dtype=value.dtype, device=value.device)
     surprise_grad = torch.empty_like(writes)
-    call.forward(inverse, state.float().contiguous(), states=states, writes=writes)
+    initial = state.float().contiguous()
+    with alongside(value.device, num_programs=call.num_walks) as wait_for_states:
+        call.forward(inverse, initial, states=states, writes=writes)
     state_grad = call.state_gradient(inverse, output_grad, final_state_grad, state_grads, surprise_grad)
+    wait_for_states()
     forget_grad, write_grad = call.gradient(states, state_grads, writes, surprise_grad, output_grad, out)
     return forget_grad, write_grad, state_grad.to(state.dtype)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 import kernels.launch  # noqa: F401  before triton: it chooses the interpreter
 from kernels.gated_norm import fused as gated_norm
 from kernels.launch import check_launchable
-from kernels.linear import RoundedWeights, product
+from kernels.linear import RoundedWeights, idle_gpu, product_gradients, sum_gradient
+from kernels.linear.columns import write_columns
 from kernels.linear.full_precision import full_precision_rows
 from kernels.memory.fused import WIDTHS, memory_backward_into, memory_forward
 from kernels.memory.reference import RULES
@@ -61,7 +62,9 @@ class _MemoryCircuit(torch.autograd.Function):
             kept = (rows, projected, forget_logit, write_logit, state, document_start, inverse, read, activity)
             ctx.save_for_backward(*kept, rounded_in, rounded_out)
             ctx.options = options
-            ctx.weight_dtypes = in_projection.dtype, forget.dtype, out_projection.dtype
+            ctx.weights = [weight for weight in (in_projection, forget, write) if weight is not None]
+            ctx.biases = [bias for bias in (forget_bias, write_bias) if bias is not None]
+            ctx.out_projection = out_projection
         ctx.set_materialize_grads(False)
         return written, final_state
 
@@ -74,12 +77,11 @@ class _MemoryCircuit(torch.autograd.Function):
         ) = ctx.saved_tensors  # fmt: skip
         num_lanes, num_tokens, num_heads, head_width = read.shape
         width = num_heads * head_width
-        in_dtype, gate_dtype, out_dtype = ctx.weight_dtypes
         if grad_written is None:
             grad_written = torch.zeros_like(activity)
         grad_rows = grad_written.reshape(rows.shape)
         grad_activity = grad_rows @ rounded_out
-        grad_out_projection = product(grad_rows.t(), activity.view(rows.shape), out_dtype)
+        (grad_out_projection,) = product_gradients([ctx.out_projection], grad_rows.t(), activity.view(rows.shape))
 
         wide = torch.empty(rows.shape[0], rounded_in.shape[0], dtype=rows.dtype, device=rows.device)
         query, key, value, gate = _parts(projected.view(num_lanes, num_tokens, -1), num_heads)
@@ -87,33 +89,31 @@ class _MemoryCircuit(torch.autograd.Function):
             read.flatten(-2), gate, None, grad_activity, wide[:, 3 * width : 4 * width], head_width, ctx.options.eps
         )
         grad_query, grad_key, grad_value, _ = _parts(wide.view(num_lanes, num_tokens, -1)[..., : 4 * width], num_heads)
-        grad_forget, grad_write, grad_state = memory_backward_into(
-            query,
-            key,
-            value,
-            forget_logit,
-            write_logit,
-            state,
-            document_start,
-            inverse,
-            grad_read.view(read.shape),
-            grad_final_state,
-            ctx.options.eps,
-            out=(grad_query, grad_key, grad_value),
-        )
-        logit_grads = [grad_forget] if write_logit is None else [grad_forget, grad_write]
-        tail = wide[:, 4 * width :].zero_()
-        for i, grad in enumerate(logit_grads):
-            tail[:, i * num_heads : (i + 1) * num_heads].copy_(grad.view(-1, num_heads))
+        with idle_gpu():
+            grad_forget, grad_write, grad_state = memory_backward_into(
+                query,
+                key,
+                value,
+                forget_logit,
+                write_logit,
+                state,
+                document_start,
+                inverse,
+                grad_read.view(read.shape),
+                grad_final_state,
+                ctx.options.eps,
+                out=(grad_query, grad_key, grad_value),
+            )
+        logit_grads = [grad.view(-1, num_heads) for grad in (grad_forget, grad_write)[: len(ctx.biases)]]
+        write_columns(wide[:, 4 * width :], *logit_grads)
 
-        grad_weights = product(wide.t(), rows, torch.promote_types(in_dtype, gate_dtype))
+        grad_in_projection, *grad_gates = product_gradients(ctx.weights, wide.t(), rows)
         gates: list[Tensor | None] = []
-        for i, grad in enumerate(logit_grads):
-            first = 4 * width + i * num_heads
-            gates += [grad_weights[first : first + num_heads].to(gate_dtype), grad.sum((0, 1)).to(gate_dtype)]
+        for grad_gate, bias, grad in zip(grad_gates, ctx.biases, logit_grads):
+            gates += [grad_gate, sum_gradient(bias, grad)]
         return (
             (wide @ rounded_in).view(num_lanes, num_tokens, width),
-            grad_weights[: 4 * width].to(in_dtype),
+            grad_in_projection,
             *(gates if write_logit is not None else [*gates, None, None]),
             grad_out_projection,
             grad_state,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import kernels.launch  # noqa: F401  before triton: it chooses the interpreter
 from kernels.launch import check_launchable
-from kernels.linear import RoundedWeights, product
+from kernels.linear import RoundedWeights, product_gradients
 from kernels.swiglu.fused import launch_backward, launch_forward
 
 
@@ -20,19 +20,19 @@ class _MLP(torch.autograd.Function):
         gate_and_value = rows @ rounded_in.t()
         hidden = launch_forward(gate_and_value)
         ctx.save_for_backward(rows, gate_and_value, hidden, rounded_in, rounded_out)
-        ctx.weight_dtypes = in_weight.dtype, out_weight.dtype
+        ctx.weights = in_weight, out_weight
         return (hidden @ rounded_out.t()).view(h.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_out,) = grads
         rows, gate_and_value, hidden, rounded_in, rounded_out = ctx.saved_tensors
-        in_dtype, out_dtype = ctx.weight_dtypes
+        in_weight, out_weight = ctx.weights
         grad_rows = grad_out.reshape(-1, grad_out.shape[-1])
         grad_hidden = grad_rows @ rounded_out
-        grad_out_weight = product(grad_rows.t(), hidden, out_dtype)
+        (grad_out_weight,) = product_gradients([out_weight], grad_rows.t(), hidden)
         grad_in = launch_backward(grad_hidden, gate_and_value)
-        grad_in_weight = product(grad_in.t(), rows, in_dtype)
+        (grad_in_weight,) = product_gradients([in_weight], grad_in.t(), rows)
         grad_h = (grad_in @ rounded_in).view(grad_out.shape)
         return grad_h, grad_in_weight, grad_out_weight, None, None
 

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.linear import idle_gpu
+
 _SLOTS_PER_PROGRAM = 32
 _PARTIALS_PER_LOAD = 8
 # torch.sort picks another algorithm, of another number of launches, for short arrays; all are sorted as long ones.
@@ -159,7 +161,8 @@ def relay_backward_launch(
     ids = history.reshape(-1).to(torch.int32)
     min_sorted = _SLOTS_PER_PROGRAM if ids.device.type == "cpu" else _MIN_SORTED
     num_sorted = max(triton.cdiv(len(ids), _SLOTS_PER_PROGRAM) * _SLOTS_PER_PROGRAM, min_sorted)
-    sorted_ids, slots = torch.nn.functional.pad(ids, (0, num_sorted - len(ids)), value=-1).sort(stable=True)
+    with idle_gpu():
+        sorted_ids, slots = torch.nn.functional.pad(ids, (0, num_sorted - len(ids)), value=-1).sort(stable=True)
 
     num_programs = num_sorted // _SLOTS_PER_PROGRAM
     partials = torch.empty(num_programs, 2, width, dtype=torch.float32, device=ids.device)

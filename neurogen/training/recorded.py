@@ -52,7 +52,8 @@ class RecordedUpdate:
         self.update = update
         self._graph: torch.cuda.CUDAGraph | None = None
         self._num_steps = 0
-        self._stream = torch.cuda.Stream(update.precision.device)
+        # Before the stream that `weight_gradients_beside` has for gradients; kernels of a graph keep their priorities.
+        self._stream = torch.cuda.Stream(update.precision.device, priority=-1)
         self._parameters = [param for param in update.model.parameters() if param.requires_grad]
         self._versions: list[int] = []
         self._shapes: list[torch.Size] = []

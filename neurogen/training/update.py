@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kernels.linear import weight_gradients_beside
 from neurogen.brain import BrainState
 from neurogen.data import Batch
 from neurogen.data.batches import IGNORE
@@ -91,6 +92,8 @@ class Update:
         self._spread = spread or model
         self.learning: LearningRule = learning or BPTT()
         self._params = [param for param in model.parameters() if param.requires_grad]
+        # Whose gradients are back-propagated, and read by nobody before that has ended: other ranks' are.
+        self._unshared = self._params if world.size == 1 and isinstance(self.learning, BPTT) else []
 
     def __call__(self, batches: Sequence[Batch], states: Sequence[BrainState | None]) -> StepResult:
         """Take one step on `batches`, each read from its own state (None: a new one).
@@ -117,7 +120,8 @@ class Update:
             # Without targets there is nothing to learn; but other ranks wait for this one's gradients, zero or not.
             share = count / max(1, num_targets) if count or self.world.size > 1 else None
             averaged = None if share is None else share * self.world.size  # gradients are averaged over ranks
-            with self.world.accumulating(self._spread, last=index == len(batches) - 1):
+            accumulating = self.world.accumulating(self._spread, last=index == len(batches) - 1)
+            with accumulating, weight_gradients_beside(self._unshared):
                 out = self.learning.learn(self._spread, part, state, share=averaged, autocast=self.precision.autocast)
             if share is not None:
                 losses.append(out.loss * share)

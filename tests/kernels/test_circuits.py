@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from fused_checks import poison_new_memory, relative_error
+from fused_checks import CompileCase, check_compiled, poison_new_memory, relative_error
 
 from kernels.cortex import CortexState
 from kernels.cortex_circuit import CortexWeights, cortex_circuit
 from kernels.linear import RoundedWeights, full_precision_linear
+from kernels.linear.columns import write_columns
 from kernels.memory_circuit import MemoryWeights, memory_circuit
 from kernels.mlp import mlp
 
@@ -172,6 +173,49 @@ def test_mlp(rows, monkeypatch):
 def test_full_precision_linear(rows, width, num_out, monkeypatch):
     poison_new_memory(monkeypatch)
     check_full_precision(rows, width, num_out)
+
+
+def test_full_precision_sums_are_shared_among_programs_alike(monkeypatch):
+    poison_new_memory(monkeypatch)
+    draw = Draw(9)
+    h, weight, bias = draw(3, 400).float(), draw(5, 400).float(), draw(5).float()
+    shared = full_precision_linear(h, weight, bias, backend="fused")
+    monkeypatch.setattr("kernels.linear.full_precision._NUM_PROGRAMS", 1)
+    alone = full_precision_linear(h, weight, bias, backend="fused")
+    torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-5)
+    one_number = full_precision_linear(h[:1], weight[:1], bias[:1], backend="fused")
+    torch.testing.assert_close(one_number, alone[:1, :1], rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_for_few_columns_compile_without_spills():
+    module = "kernels.linear.full_precision"
+    types = {"h_ptr": "*bf16", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "out_ptr": "*fp32", "num_rows": "i32"}
+    sizes = {"D": 1536, "H": 12, "BLOCK_H": 16, "BLOCK_K": 128}
+    shared = sizes | {"SLICE": 128, "SLICES": 12, "BLOCK_N": 16}
+    alone = sizes | {"SLICE": 1536, "SLICES": 1, "BLOCK_N": 64}
+    columns = {"left_ptr": "*fp32", "right_ptr": "*fp32", "out_ptr": "*bf16", "num_rows": "i32", "stride": "i32"}
+    tail = {"H": 12, "WIDTH": 64, "HAS_RIGHT": True, "BLOCK_N": 32, "BLOCK_W": 64}
+    finish = {"slice_ptr": "*fp32", "bias_ptr": "*fp32", "out_ptr": "*fp32", "size": "i32"}
+    check_compiled(
+        [
+            CompileCase(module, "full_precision_kernel", types, shared, 4),
+            CompileCase(module, "full_precision_kernel", types, alone, 4),
+            CompileCase(module, "finish_rows_kernel", finish, {"H": 12, "SLICES": 12, "BLOCK": 256}, 4),
+            CompileCase("kernels.linear.columns", "write_columns_kernel", columns, tail, 4),
+        ]
+    )
+
+
+@pytest.mark.parametrize("num_rows", [1, 33])
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_columns_are_written_into_wider_rows(num_rows, num_parts):
+    parts = torch.randn(num_parts, num_rows, 5)
+    wide = torch.full((num_rows, 31), float("nan"), dtype=torch.float16)
+    write_columns(wide[:, 8:24], *parts)
+    assert torch.equal(wide[:, 8 : 8 + 5 * num_parts], torch.cat(list(parts), 1).half())
+    assert not wide[:, 8 + 5 * num_parts : 24].any()
+    assert wide[:, :8].isnan().all()
+    assert wide[:, 24:].isnan().all()
 
 
 def test_final_state_alone_has_gradients():

@@ -1,5 +1,6 @@
 """The memory's Triton kernels against its definition in float64."""
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -279,6 +280,17 @@ def test_grid_on_a_gpu(rule: str, dtype: torch.dtype, width: int, num_lanes: int
 def test_same_bits_twice_on_a_gpu(rule: str) -> None:
     arguments = draw(rule, 8, 777, 12, 128, torch.bfloat16)
     first = evaluate(arguments, None, rule=rule, backend="fused")
+    second = evaluate(arguments, None, rule=rule, backend="fused")
+    for x, y in zip(first[0] + first[1], second[0] + second[1], strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES)
+def test_walks_side_by_side_change_no_bit(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = draw(rule, 1, 777, 12, 128, torch.bfloat16)
+    first = evaluate(arguments, None, rule=rule, backend="fused")
+    monkeypatch.setattr("kernels.memory.fused.alongside", lambda *_, **__: contextlib.nullcontext(lambda: None))
     second = evaluate(arguments, None, rule=rule, backend="fused")
     for x, y in zip(first[0] + first[1], second[0] + second[1], strict=True):
         assert torch.equal(x, y)

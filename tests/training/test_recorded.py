@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from kernels.linear import beside
 from neurogen import BrainConfig, NeuroGen
 from neurogen.brain import BrainState
 from neurogen.config.compose import compose_config
@@ -79,6 +82,28 @@ def test_recorded_steps_are_plain_steps_bit_for_bit(optimizer: str, carried: boo
     assert recorded[2] == plain[2]  # evaluation sees the weights of the last replay
     for name, param in plain[1].items():
         assert torch.equal(recorded[1][name], param), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recorded", [False, True])
+def test_gradients_on_a_second_stream_change_no_bit(recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_off = []
+    put = beside.PutOff.put
+
+    def note(self: beside.PutOff, *args: Any) -> None:
+        put_off.append(args)
+        put(self, *args)
+
+    monkeypatch.setattr(beside.PutOff, "put", note)
+    got = walk("adamw", recorded=recorded)
+    assert put_off
+    put_off.clear()
+    monkeypatch.setattr("neurogen.training.update.weight_gradients_beside", lambda weights: contextlib.nullcontext())
+    expected = walk("adamw", recorded=recorded)
+    assert not put_off
+    assert got[0] == expected[0]
+    for name, param in expected[1].items():
+        assert torch.equal(got[1][name], param), name
 
 
 @pytest.mark.gpu
