@@ -1,5 +1,7 @@
 """Generate: many tokens of a whole brain in one launch."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from kernels.backend import check_backend
@@ -25,10 +27,11 @@ def generate(
 ) -> GenerateOutput:
     """Read one token a lane, draw the next, read that, and so on; see `generate_reference` for shapes."""
     check_backend(backend)
+    run: Callable[..., GenerateOutput] = generate_reference
     if backend == "fused":
-        from kernels.generate.fused import generate_fused as run
-    else:
-        run = generate_reference
+        from kernels.generate.fused import generate_fused
+
+        run = generate_fused
     return run(
         brain,
         state,

@@ -18,10 +18,12 @@ from kernels.generate.stream_kernel import stream_kernel
 from kernels.generate.tiles import (
     MAX_PACKET_LANES,
     MAX_STREAM_LANES,
+    PacketTiles,
     StreamTiles,
+    Tiles,
+    choose_packets,
     choose_stream,
     choose_tiles,
-    packet_constexprs,
 )
 from kernels.launch import INTERPRETED, check_launchable
 from kernels.sample import Sampling
@@ -38,17 +40,24 @@ def generate_fused(
     lanes: Tensor,
     stop_ids: Tensor,
     seen: Tensor | None = None,
+    packet_tiles: PacketTiles | None = None,
 ) -> GenerateOutput:
-    """See `kernels.generate.generate`; the number of launches does not depend on the number of tokens."""
+    """See `kernels.generate.generate`; the number of launches does not depend on the number of tokens. `packet_tiles`
+    are for one lane, in place of what `choose_packets` would choose."""
     check_launchable("generate", token_ids, brain.embedding, brain.matrices, brain.vectors, *state)
     shape, num_lanes, device = brain.shape, token_ids.shape[0], token_ids.device
     check_shape(shape, num_lanes)
     num_programs = 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
     is_stream = num_lanes <= MAX_STREAM_LANES
     is_packets = is_stream and num_lanes <= MAX_PACKET_LANES
-    choose = choose_stream if is_stream else choose_tiles
-    tiles = choose(shape, num_lanes, brain.matrices.dtype, num_programs)
-    more: dict[str, int] = {}
+    dtype = brain.matrices.dtype
+    tiles: PacketTiles | StreamTiles | Tiles
+    if is_packets:
+        tiles = packet_tiles or choose_packets(shape, dtype, num_programs)
+    elif is_stream:
+        tiles = choose_stream(shape, num_lanes, dtype, num_programs)
+    else:
+        tiles = choose_tiles(shape, num_lanes, dtype, num_programs)
     greedy = sampling.temperature == 0
     filters = {
         "TOP_K": 0 < sampling.top_k < shape.vocab_size,
@@ -66,18 +75,19 @@ def generate_fused(
     lengths = torch.zeros(num_lanes, dtype=torch.int32, device=device)
     seen_bytes = seen.to(torch.int8) if penalty and seen is not None else lengths
     filtered = any(filters.values()) and not greedy
-    if isinstance(tiles, StreamTiles):
-        table = stream_table(shape, num_programs, tiles.R, tiles.NB * tiles.KS, device)
-        tiled = _tiled(brain, tiles)
-        weights = [brain.embedding, TensorDescriptor.from_tensor(tiled, [1, *tiled.shape[1:]]), brain.vectors]
-        if is_packets:
-            scratch = _packet_scratch(shape, num_programs, filtered, device)
-            more = packet_constexprs(shape, tiles)
-        else:
-            scratch = _stream_scratch(shape, tiles, num_lanes, num_programs, filtered, brain.matrices)
-    else:
+    if isinstance(tiles, Tiles):
         weights = [brain.embedding, brain.decoder, brain.matrices, brain.vectors]
         scratch = _scratch(shape, num_lanes, num_programs, filtered, device)
+    else:
+        if isinstance(tiles, PacketTiles):
+            tiled = _tiled(brain, tiles.R, tiles.NH, tiles.NI, tiles.KS)
+            table = stream_table(shape, num_programs, tiles.R, tiles.channels, device, together=tiles.U)
+            scratch = _packet_scratch(shape, num_programs, filtered, device)
+        else:
+            tiled = _tiled(brain, tiles.R, tiles.NB, 1, tiles.KS).squeeze(3)
+            table = stream_table(shape, num_programs, tiles.R, tiles.NB * tiles.KS, device)
+            scratch = _stream_scratch(shape, tiles, num_lanes, num_programs, filtered, brain.matrices)
+        weights = [brain.embedding, TensorDescriptor.from_tensor(tiled, [1, *tiled.shape[1:]]), brain.vectors]
     low, high = (_signed(seed & 0xFFFFFFFF), _signed((seed >> 32) & 0xFFFFFFFF))
 
     kernel = packet_kernel if is_packets else stream_kernel if is_stream else generate_kernel
@@ -129,7 +139,6 @@ def generate_fused(
         BS=triton.next_power_of_2(max(len(stop_ids), 1)),
         SINGLE=num_programs == 1,
         **tiles.constexprs(),
-        **more,
         num_warps=tiles.num_warps,
         launch_cooperative_grid=not INTERPRETED,
     )
@@ -145,10 +154,9 @@ def generate_fused(
 _tiles: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _tiled(brain: PackedBrain, tiles: StreamTiles) -> Tensor:
+def _tiled(brain: PackedBrain, *size: int) -> Tensor:
     """The brain's weights in tiles, which are made once."""
     of_brain = _tiles.setdefault(brain.matrices, {})
-    size = (tiles.R, tiles.NB, tiles.KS)
     if size not in of_brain:
         of_brain[size] = tile_weights(brain.shape, brain.matrices, brain.decoder, *size)
     return of_brain[size]

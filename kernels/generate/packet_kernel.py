@@ -1,7 +1,9 @@
 """The launch for a single lane: N tokens, from relay to draw, without coming back to the host.
 
 As `stream_kernel`, one loop runs over the tiles of all phases; but activations go from phase to phase as packets
-(`kernels.generate.packets`), and one barrier a token is left, before the token is drawn.
+(`kernels.generate.packets`), and one barrier a token is left, before the token is drawn. A turn of the loop takes U
+tiles that follow each other in a row: for width D, if it goes, all channels. Products are float32, row by row; each
+warp has whole rows and all activations, so that sums stay within it.
 """
 
 import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
@@ -10,21 +12,23 @@ import triton.language as tl
 
 from kernels.generate.device import silu
 from kernels.generate.packets import (
-    as_columns,
+    append,
+    ask_for_unit,
+    fetch_neurons,
     fetch_unit,
     memory_packets,
-    normed_groups,
-    receive,
     receive_channels,
+    receive_normed,
     relay_packets,
-    send,
     send_gates,
+    send_here,
     spike_packets,
+    store_here,
     value_of,
 )
 from kernels.generate.sampling import all_ended, filtered_winner, race_logits, record, winner
 from kernels.generate.stream import CORTEX_IN, DECODE, MEMORY_IN, MLP_IN, MLP_OUT, OUT
-from kernels.generate.stream_phases import arrive, block_barrier, column_parts, wait
+from kernels.generate.stream_phases import arrive, block_barrier, wait
 
 
 @triton.jit(do_not_specialize=["num_wernicke", "num_memory", "num_broca", "seed_low", "seed_high", "top_k", "limit",
@@ -39,10 +43,9 @@ def packet_kernel(
     GRADED: tl.constexpr, DELTA: tl.constexpr, GO: tl.constexpr, THETA: tl.constexpr, BETA: tl.constexpr,
     RHO: tl.constexpr, EPS: tl.constexpr,
     GREEDY: tl.constexpr, PENALTY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
-    BL: tl.constexpr, LN: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, NB: tl.constexpr, KS: tl.constexpr,
+    R: tl.constexpr, NH: tl.constexpr, NI: tl.constexpr, KS: tl.constexpr, U: tl.constexpr,
     CU: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
-    BRACE: tl.constexpr, TOKENS: tl.constexpr, P: tl.constexpr, FD: tl.constexpr, FM: tl.constexpr,
-    PACK_D: tl.constexpr, PACK_M: tl.constexpr, SINGLE: tl.constexpr,
+    BRACE: tl.constexpr, TOKENS: tl.constexpr, P: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Read the token at ids[TAPS - 1], draw the next, and so on until `limit` tokens are drawn or the lane ended.
 
@@ -53,11 +56,11 @@ def packet_kernel(
     cortex_vectors: tl.constexpr = (D * (C + 2) + 63) // 64 * 64
     memory_vectors: tl.constexpr = ((2 if DELTA else 1) * (D // N) * (D + 1) + 63) // 64 * 64
     per_layer: tl.constexpr = 8 * D + M
-    type: tl.constexpr = p_embedding.dtype.element_ty
     p_go_vector = p_vectors + (num_wernicke + num_broca) * cortex_vectors + num_memory * memory_vectors
     p_taps = p_go_vector + (((D // C) * (D + 1) + 63) // 64 * 64 if GO else 0)
     p_go = p_packets + (num_wernicke + num_memory + num_broca + 1) * per_layer
     num_units: tl.constexpr = D // CU
+    CH: tl.constexpr = NH * NI * KS
 
     step = tl.full([], 0, tl.int32)
     relay_packets(tl.load(p_ids + TAPS - 1), step, p_ids, p_embedding, p_taps, p_packets, D, TAPS, EPS, BD)
@@ -65,110 +68,133 @@ def packet_kernel(
     arrived = tl.full([], 0, tl.int32)
 
     o_r = tl.arange(0, R)
-    _, column_chunk, _ = column_parts(BL, 1, SPLIT)
     p_table += tl.program_id(0) * num_tiles * 2
     while step < limit:
-        x = tl.zeros([NB, KS, BL], type)
-        row_scale = tl.full([], 1.0, tl.float32)
-        acc = tl.zeros([NB, R, BL], tl.float32)
+        x = (tl.zeros([NH, 1, NI, KS], tl.float32),) * U
+        square = tl.full([], 0.0, tl.float32)
+        sums = tl.zeros([R], tl.float32)
         held, before, new = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
+        still, gain, bias = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
 
-        # Words of the table are read two tiles before they are needed. (A loop that hands a value on unchanged is not
+        # Words of the table are read two turns before they are needed. (A loop that hands a value on unchanged is not
         # pipelined, so a zero is added that the compiler does not know.)
         ahead = tl.where(num_tiles > 1, 1, 0)
         place = ahead
         fetch, next_fetch = tl.load(p_table), tl.load(p_table + 2 * ahead)
         use, next_use = tl.load(p_table + 1), tl.load(p_table + 1 + 2 * place)
-        for _tile in tl.range(0, tl.minimum(limit - step, TOKENS) * num_tiles, num_stages=STAGES):
-            w = tl.reshape(d_tiles.load([fetch.to(tl.int32), 0, 0, 0]), [NB, R, KS])
+        for _turn in tl.range(0, tl.minimum(limit - step, TOKENS) * num_tiles, num_stages=STAGES):
+            w = ()
+            for u in tl.static_range(U):
+                # Past the last tile nothing is read, and zeros come.
+                number = tl.where(u < (fetch >> 32), fetch + u, 1 << 24).to(tl.int32)
+                w = append(w, tl.reshape(d_tiles.load([number, 0, 0, 0, 0]), [NH, R, NI, KS]))
             fetch = next_fetch + zero
             ahead = tl.where(ahead + 1 == num_tiles, 0, ahead + 1)
             next_fetch = tl.load(p_table + 2 * ahead)
 
-            tile = use
+            turn = use
             use = next_use + zero
             place = tl.where(place + 1 == num_tiles, 0, place + 1)
             next_use = tl.load(p_table + 1 + 2 * place)
-            flags = tile.to(tl.int32)
+            flags = turn.to(tl.int32)
             kind = (flags >> 4) & 7
             chunk = (flags >> 8) & 63
-            layer = ((tile >> 24) & 4095).to(tl.int32)
+            half = (flags >> 3) & 1
+            layer = ((turn >> 24) & 4095).to(tl.int32)
             is_memory = (layer >= num_wernicke) & (layer < num_wernicke + num_memory)
             is_gated = layer >= num_wernicke + num_memory
             epoch = step + 1
+            cortex_before = tl.minimum(layer, num_wernicke) + tl.maximum(layer - num_wernicke - num_memory, 0)
+            memory_before = tl.minimum(tl.maximum(layer - num_wernicke, 0), num_memory)
+            p_vector = p_vectors + cortex_before * cortex_vectors + memory_before * memory_vectors
+            p_state = p_cortex + cortex_before * (3 * D)
+            p_fast = p_memory + memory_before.to(tl.int64) * (D * N)
 
-            o_n = (tile >> 36).to(tl.int32) + o_r
+            o_n = (turn >> 36).to(tl.int32) + o_r
             mask = o_r < ((flags >> 14) & 1023)
             p_layer = p_packets + layer * per_layer
-            if chunk == 0:
-                acc = tl.zeros([NB, R, BL], tl.float32)
-                # What the sums will be added to, and the new spikes, which become the state's; both are there.
-                p_before = p_layer + tl.where(kind == MLP_OUT, 3 * D, 0)
-                adds = mask & ((kind == OUT) | (kind == MLP_OUT))
-                before = value_of(tl.load(p_before + o_n, mask=adds, other=0, cache_modifier=".cg"))
-                new = value_of(tl.load(p_layer + 2 * D + o_n, mask=adds & (kind == OUT), other=0, cache_modifier=".cg"))
+            if (chunk == 0) & (half == 0):
+                # What does not wait for this phase's activations: what the sums will be added to, the new spikes, which
+                # become the state's, and the neurons' state.
+                if kind == CORTEX_IN:
+                    still, gain, bias, before, new = fetch_neurons(o_n, mask, p_state, p_vector, D, C, THETA, RHO)
+                elif kind == MEMORY_IN:
+                    if flags & 1:
+                        ask_for_unit(tl.program_id(0), p_fast, p_vector, D, N, DELTA, CU, BD, SINGLE)
+                else:
+                    p_before = p_layer + tl.where(kind == MLP_OUT, 3 * D, 0)
+                    adds = mask & ((kind == OUT) | (kind == MLP_OUT))
+                    spiked = adds & (kind == OUT)
+                    before = value_of(tl.load(p_before + o_n, mask=adds, other=0, cache_modifier=".cg"))
+                    new = value_of(tl.load(p_layer + 2 * D + o_n, mask=spiked, other=0, cache_modifier=".cg"))
 
             if flags & 1:
-                if kind == MLP_OUT:
-                    x = as_columns(
-                        receive_channels(p_layer + 4 * D, epoch, M, FM, PACK_M, SINGLE), type, NB, KS, BL, SPLIT
-                    )
-                else:
-                    p_in = p_layer + tl.where(kind == OUT, D, tl.where(kind == MLP_IN, 3 * D, 0))
-                    value = receive_channels(p_in, epoch, D, FD, PACK_D, SINGLE)
+                first = chunk * (U * CH)
+                values = (tl.zeros([CH // 2], tl.float32),) * (2 * U)
+                # A loop of one turn, at whose end values are laid out for the product: the compiler finds no place of
+                # its own within the branches, and would do it in each turn of the loop over tiles.
+                again = epoch
+                while again > 0:
                     if kind == OUT:
-                        group = receive_channels(p_layer + 2 * D, epoch, D, FD, PACK_D, SINGLE)
                         if is_memory:
-                            value = normed_groups(value, group, tl.full([FD // N], 1.0, tl.float32), N, EPS)
+                            values = receive_normed(
+                                p_layer + D, p_layer + 2 * D, p_go, first, epoch, False,
+                                D, False, N, EPS, CH, U, SINGLE,
+                            )  # fmt: skip
                         else:
-                            gate = tl.full([FD // C], 1.0, tl.float32)
-                            if GO:  # noqa: SIM102, one is decided when compiled
-                                if is_gated:
-                                    gate = receive(p_go + tl.arange(0, FD // C) % (D // C), epoch, 1, SINGLE)
-                            value = normed_groups(value, group, gate, C, EPS)
+                            values = receive_normed(
+                                p_layer + D, p_layer + 2 * D, p_go, first, epoch, is_gated,
+                                D, GO, C, EPS, CH, U, SINGLE,
+                            )  # fmt: skip
                     else:
-                        row_scale = tl.rsqrt(tl.sum(value * value, 0) / D + EPS)
-                    x = as_columns(value, type, NB, KS, BL, SPLIT)
+                        p_in = p_layer + tl.where(kind == MLP_OUT, 4 * D, tl.where(kind == MLP_IN, 3 * D, 0))
+                        width = tl.where(kind == MLP_OUT, M, D)
+                        values = receive_channels(p_in, first, width, epoch, CH, U, SINGLE)
+                        if kind != MLP_OUT:
+                            squares = values[0] * values[0]
+                            for i in tl.static_range(1, 2 * U):
+                                squares += values[i] * values[i]
+                            square = tl.where(chunk == 0, 0.0, square) + tl.sum(squares, 0)
+                    again = epoch * 0
+                received = ()
+                for u in tl.static_range(U):
+                    received = append(received, tl.reshape(tl.join(values[u], values[U + u]), [NH, 1, NI, KS]))
+                x = received
                 if GO:  # noqa: SIM102, one is decided when compiled
-                    if (kind == CORTEX_IN) & (layer == num_wernicke + num_memory):
+                    if (kind == CORTEX_IN) & (layer == num_wernicke + num_memory) & (chunk == 0):
                         block_barrier(SINGLE)
                         send_gates(p_layer, p_go, p_go_vector, epoch, D, D // C, EPS, BD)
 
-            # Of all columns' products with this chunk of weights, those of its own activations count.
-            counts = (column_chunk == chunk).to(tl.float32)
-            acc += tl.dot(w, x, input_precision="ieee") * counts[None, None, :]
+            products = w[0].to(tl.float32) * x[0]  # type: ignore[misc]
+            for u in tl.static_range(1, U):
+                products += w[u].to(tl.float32) * x[u]
+            sums = tl.where(chunk == 0, 0.0, sums) + tl.sum(tl.sum(tl.sum(products, 3), 2), 0)
 
             if flags & 2:
-                out = tl.sum(tl.sum(acc, 2), 0)
-                cortex_before = tl.minimum(layer, num_wernicke) + tl.maximum(layer - num_wernicke - num_memory, 0)
-                memory_before = tl.minimum(tl.maximum(layer - num_wernicke, 0), num_memory)
-                p_vector = p_vectors + cortex_before * cortex_vectors + memory_before * memory_vectors
-                p_state = p_cortex + cortex_before * (3 * D)
-                p_fast = p_memory + memory_before.to(tl.int64) * (D * N)
-                half = (flags >> 3) & 1
+                out = sums
                 if (kind == OUT) | (kind == MLP_OUT):
                     p_out = p_layer + tl.where(kind == OUT, 3 * D, per_layer)
-                    send(p_out + o_n, before + out, epoch, mask)
-                    tl.store(p_state + 2 * D + o_n, new, mask=mask & (kind == OUT) & (not is_memory))
+                    send_here(p_out + o_n, before + out, epoch, mask, SINGLE)
+                    store_here(p_state + 2 * D + o_n, new, mask & (kind == OUT) & (not is_memory), SINGLE)
                 else:
-                    out *= row_scale
+                    out *= tl.rsqrt(square / D + EPS)
                     if kind == MEMORY_IN:
-                        send(p_layer + (4 * D + M) + o_n, out, epoch, mask)
+                        send_here(p_layer + (4 * D + M) + o_n, out, epoch, mask, SINGLE)
                     elif kind == DECODE:
-                        tl.store(p_logits + o_n, out, mask=mask)
+                        store_here(p_logits + o_n, out, mask, SINGLE)
                     elif kind == CORTEX_IN:
                         if half == 0:
                             held = spike_packets(
-                                out, o_n, mask, p_state, p_vector, p_layer + 2 * D, p_lengths, step,
-                                D, C, GRADED, THETA, BETA, RHO,
+                                out, still, gain, bias, before, new, o_n, mask, p_state, p_layer + 2 * D, p_lengths,
+                                step, D, GRADED, THETA, BETA, SINGLE,
                             )  # fmt: skip
                         else:
-                            send(p_layer + D + o_n, held * silu(out), epoch, mask)
+                            send_here(p_layer + D + o_n, held * silu(out), epoch, mask, SINGLE)
                     else:
                         if half == 0:
                             held = silu(out)
                         else:
-                            send(p_layer + 4 * D + o_n, held * out, epoch, mask)
+                            send_here(p_layer + 4 * D + o_n, held * out, epoch, mask, SINGLE)
 
                 if flags & 4:
                     if kind == DECODE:

@@ -16,6 +16,12 @@ from kernels.generate.device import is_active, sigmoid, silu
 
 
 @triton.jit
+def append(items, item):
+    """A tuple and one more."""
+    return items + (item,)  # noqa: RUF005, a compiled function cannot unpack
+
+
+@triton.jit
 def value_of(packet):
     return packet.to(tl.int32).to(tl.float32, bitcast=True)
 
@@ -28,114 +34,173 @@ def send(p_packets, value, epoch, mask):
 
 
 @triton.jit
-def receive(p_packets, epoch, PACK: tl.constexpr, SINGLE: tl.constexpr):
-    """Values at p_packets (any shape), once all of a thread's bear the number `epoch`. PACK are polled at once."""
+def send_here(p_packets, value, epoch, mask, SINGLE: tl.constexpr):
+    """As `send`, from the threads that hold the values, all of them: a store of Triton's would first hand the values
+    round through shared memory."""
     if SINGLE:
-        return value_of(tl.load(p_packets))
+        send(p_packets, value, epoch, mask)
     else:
-        epochs = tl.zeros(p_packets.shape, tl.int32) + epoch
-        bits = epochs
+        bits, epochs = value.to(tl.int32, bitcast=True), tl.zeros(value.shape, tl.int32) + epoch
+        tl.inline_asm_elementwise(
+            """{ .reg .pred p; .reg .b64 d;
+            setp.ne.u32 p, $4, 0;
+            mov.b64 d, {$2, $3};
+            @p st.relaxed.gpu.global.b64 [$1], d;
+            mov.u32 $0, 0; }""",
+            "=r,l,r,r,r", [p_packets, bits, epochs, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def store_here(p, value, mask, SINGLE: tl.constexpr):
+    """Store float32 from the threads that hold them; see `send_here`."""
+    if SINGLE:
+        tl.store(p, value, mask=mask)
+    else:
+        tl.inline_asm_elementwise(
+            """{ .reg .pred p;
+            setp.ne.u32 p, $3, 0;
+            @p st.relaxed.gpu.global.b32 [$1], $2;
+            mov.u32 $0, 0; }""",
+            "=r,l,r,r", [p, value.to(tl.int32, bitcast=True), mask.to(tl.int32)], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def prefetch(p, SINGLE: tl.constexpr):
+    """Ask for the cache lines at p to come to L2."""
+    if not SINGLE:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [p], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.constexpr_function
+def poll_assembly(num_tensors, pack):
+    """Assembly that polls `pack` packets of each of some tensors until all bear the number in the last operand."""
+    count = num_tensors * pack
+    lines = [f"{{ .reg .pred p; .reg .u32 e<{count}>; .reg .b64 d<{count}>;", "POLL:"]
+    lines += [f"ld.relaxed.gpu.global.b64 d{i}, [${count + i}];" for i in range(count)]
+    lines += [f"mov.b64 {{${i}, e{i}}}, d{i};" for i in range(count)]
+    lines += ["setp.ne.u32 p, e0, $" + str(2 * count) + ";"]
+    lines += [f"setp.ne.or.u32 p, e{i}, ${2 * count}, p;" for i in range(1, count)]
+    return "\n".join([*lines, "@p bra POLL; }"])
+
+
+@triton.constexpr_function
+def poll_constraints(num_tensors, pack):
+    return ",".join(["=&r"] * (num_tensors * pack) + ["l"] * (num_tensors * pack) + ["r"] * pack)
+
+
+@triton.jit
+def receive(p_packets, epoch, PACK: tl.constexpr, SINGLE: tl.constexpr):
+    """Values at a tuple of pointers (of one shape), once all of a thread's bear the number `epoch`. PACK of each are
+    polled at once, all tensors together."""
+    COUNT: tl.constexpr = len(p_packets)
+    values = ()
+    if SINGLE:
+        for i in tl.static_range(COUNT):
+            values = append(values, value_of(tl.load(p_packets[i])))
+    else:
+        epochs = tl.zeros(p_packets[0].shape, tl.int32) + epoch
+        bits = (epochs,) * COUNT
         # A loop of one turn: the compiler would repeat the polling in each layout that its values are wanted in, but
         # not a loop.
         again = epoch
         while again > 0:
-            if PACK == 8:
-                bits = tl.inline_asm_elementwise(
-                    """{ .reg .pred p; .reg .u32 e<8>; .reg .b64 d<8>;
-                    POLL:
-                    ld.relaxed.gpu.global.b64 d0, [$8];
-                    ld.relaxed.gpu.global.b64 d1, [$9];
-                    ld.relaxed.gpu.global.b64 d2, [$10];
-                    ld.relaxed.gpu.global.b64 d3, [$11];
-                    ld.relaxed.gpu.global.b64 d4, [$12];
-                    ld.relaxed.gpu.global.b64 d5, [$13];
-                    ld.relaxed.gpu.global.b64 d6, [$14];
-                    ld.relaxed.gpu.global.b64 d7, [$15];
-                    mov.b64 {$0, e0}, d0;
-                    mov.b64 {$1, e1}, d1;
-                    mov.b64 {$2, e2}, d2;
-                    mov.b64 {$3, e3}, d3;
-                    mov.b64 {$4, e4}, d4;
-                    mov.b64 {$5, e5}, d5;
-                    mov.b64 {$6, e6}, d6;
-                    mov.b64 {$7, e7}, d7;
-                    setp.ne.u32 p, e0, $16;
-                    setp.ne.or.u32 p, e1, $16, p;
-                    setp.ne.or.u32 p, e2, $16, p;
-                    setp.ne.or.u32 p, e3, $16, p;
-                    setp.ne.or.u32 p, e4, $16, p;
-                    setp.ne.or.u32 p, e5, $16, p;
-                    setp.ne.or.u32 p, e6, $16, p;
-                    setp.ne.or.u32 p, e7, $16, p;
-                    @p bra POLL; }""",
-                    "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,l,l,l,l,l,l,l,l,r,r,r,r,r,r,r,r",
-                    [p_packets, epochs], dtype=tl.int32, is_pure=False, pack=8,
-                )  # fmt: skip
-            elif PACK == 2:
-                bits = tl.inline_asm_elementwise(
-                    """{ .reg .pred p; .reg .u32 e<2>; .reg .b64 d<2>;
-                    POLL:
-                    ld.relaxed.gpu.global.b64 d0, [$2];
-                    ld.relaxed.gpu.global.b64 d1, [$3];
-                    mov.b64 {$0, e0}, d0;
-                    mov.b64 {$1, e1}, d1;
-                    setp.ne.u32 p, e0, $4;
-                    setp.ne.or.u32 p, e1, $4, p;
-                    @p bra POLL; }""",
-                    "=&r,=&r,l,l,r,r",
-                    [p_packets, epochs], dtype=tl.int32, is_pure=False, pack=2,
-                )  # fmt: skip
-            else:
-                bits = tl.inline_asm_elementwise(
-                    """{ .reg .pred p; .reg .u32 e; .reg .b64 d;
-                    POLL:
-                    ld.relaxed.gpu.global.b64 d, [$1];
-                    mov.b64 {$0, e}, d;
-                    setp.ne.u32 p, e, $2;
-                    @p bra POLL; }""",
-                    "=&r,l,r",
-                    [p_packets, epochs], dtype=tl.int32, is_pure=False, pack=1,
-                )  # fmt: skip
+            bits = tl.inline_asm_elementwise(
+                poll_assembly(COUNT, PACK), poll_constraints(COUNT, PACK), append(p_packets, epochs),
+                dtype=(tl.int32,) * COUNT, is_pure=False, pack=PACK,
+            )  # fmt: skip
             again = epoch * 0
-        return bits.to(tl.float32, bitcast=True)
+        for i in tl.static_range(COUNT):
+            values = append(values, bits[i].to(tl.float32, bitcast=True))
+    return values
+
+
+@triton.constexpr_function
+def poll_pairs_assembly(count):
+    """Assembly that polls `count` pairs of packets until all bear the number in the last operand; the first values of
+    all pairs come first."""
+    lines = [f"{{ .reg .pred p; .reg .u32 e<{2 * count}>; .reg .b64 d<{2 * count}>;", "POLL:"]
+    lines += [f"ld.relaxed.gpu.global.v2.b64 {{d{i}, d{count + i}}}, [${2 * count + i}];" for i in range(count)]
+    lines += [f"mov.b64 {{${i}, e{i}}}, d{i};" for i in range(2 * count)]
+    lines += [f"setp.ne.u32 p, e0, ${3 * count};"]
+    lines += [f"setp.ne.or.u32 p, e{i}, ${3 * count}, p;" for i in range(1, 2 * count)]
+    return "\n".join([*lines, "@p bra POLL; }"])
+
+
+@triton.constexpr_function
+def poll_pairs_constraints(count):
+    return ",".join(["=&r"] * (2 * count) + ["l"] * count + ["r"])
 
 
 @triton.jit
-def receive_channels(p_packets, epoch, K: tl.constexpr, F: tl.constexpr, PACK: tl.constexpr, SINGLE: tl.constexpr):
-    """Channels 0 to K as [F]; those past K are zero."""
-    o_f = tl.arange(0, F)
-    value = receive(p_packets + o_f % K, epoch, PACK, SINGLE)
-    return tl.where(o_f < K, value, 0.0)
+def receive_pairs(p_packets, epoch, SINGLE: tl.constexpr):
+    """As `receive`, values at a tuple of pointers and then those behind them, at multiples of 16 bytes."""
+    COUNT: tl.constexpr = len(p_packets)
+    values = ()
+    if SINGLE:
+        for i in tl.static_range(2 * COUNT):
+            values = append(values, value_of(tl.load(p_packets[i % COUNT] + i // COUNT)))
+    else:
+        epochs = tl.zeros(p_packets[0].shape, tl.int32) + epoch
+        bits = (epochs,) * (2 * COUNT)
+        again = epoch
+        while again > 0:
+            bits = tl.inline_asm_elementwise(
+                poll_pairs_assembly(COUNT), poll_pairs_constraints(COUNT), append(p_packets, epochs),
+                dtype=(tl.int32,) * (2 * COUNT), is_pure=False, pack=1,
+            )  # fmt: skip
+            again = epoch * 0
+        for i in tl.static_range(2 * COUNT):
+            values = append(values, bits[i].to(tl.float32, bitcast=True))
+    return values
 
 
 @triton.jit
-def as_columns(
-    value, type: tl.constexpr, NB: tl.constexpr, KS: tl.constexpr, BL: tl.constexpr, SPLIT: tl.constexpr,
+def receive_channels(
+    p_packets, first, K, epoch, CH: tl.constexpr, U: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """Channels [F] as the operand of a product, [NB, KS, BL]; see `column_parts`. Chunks that F has not repeat others,
-    as their products are not looked at."""
-    CHUNKS: tl.constexpr = value.shape[0] // (NB * KS)
-    REPEATS: tl.constexpr = BL // (2 if SPLIT else 1) // CHUNKS
-    # Rounded before it is laid out anew, and once: each layout is a turn through shared memory.
-    PARTS: tl.constexpr = 2 if SPLIT else 1
-    columns = value.to(type)
-    if SPLIT:
-        columns = tl.join(columns, (value - columns.to(tl.float32)).to(type))
-    columns = tl.permute(tl.reshape(columns, [CHUNKS, NB, KS, PARTS]), (1, 2, 0, 3))
-    if REPEATS > 1:
-        columns = tl.broadcast_to(columns[:, :, None, :, :], [NB, KS, REPEATS, CHUNKS, PARTS])
-    return tl.reshape(columns, [NB, KS, BL])
+    """Channels `first` to first + U * CH of K: the even ones of each CH, U times [CH // 2], then the odd ones. Those
+    past K are zero."""
+    o_k = tl.arange(0, CH // 2) * 2
+    p = ()
+    for u in tl.static_range(U):
+        p = append(p, p_packets + tl.minimum(first + u * CH + o_k, K - 2))
+    values = receive_pairs(p, epoch, SINGLE)
+    out = ()
+    for i in tl.static_range(2 * U):
+        out = append(out, tl.where(first + i % U * CH + o_k < K, values[i], 0.0))
+    return out
 
 
 @triton.jit
-def normed_groups(
-    y, value, gate, GROUP: tl.constexpr, EPS: tl.constexpr,
+def receive_normed(
+    p_packets, p_group, p_gate, first, epoch, gated, D: tl.constexpr, GO: tl.constexpr, WIDTH: tl.constexpr,
+    EPS: tl.constexpr, CH: tl.constexpr, U: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """y [F] times the RMS factor of its group in `value` [F] and the group's gate [F // GROUP]."""
-    GROUPS: tl.constexpr = y.shape[0] // GROUP
-    square = tl.sum(tl.reshape(value * value, [GROUPS, GROUP]), 1)
-    factor = tl.rsqrt(square / GROUP + EPS) * gate
-    return tl.reshape(tl.reshape(y, [GROUPS, GROUP]) * factor[:, None], [y.shape[0]])
+    """The same of `p_packets` `[D]`, times the RMS factor of its group of WIDTH channels in `p_group` `[D]` and, if
+    `gated`, the group's gate."""
+    o_k = tl.arange(0, CH // 2) * 2
+    GROUPS: tl.constexpr = CH // WIDTH
+    p = ()
+    for i in tl.static_range(2 * U):
+        p = append(p, (p_packets if i < U else p_group) + tl.minimum(first + i % U * CH + o_k, D - 2))
+    values = receive_pairs(p, epoch, SINGLE)
+    even, odd = (), ()
+    for u in tl.static_range(U):
+        square = values[U + u] * values[U + u] + values[3 * U + u] * values[3 * U + u]
+        factor = tl.rsqrt(tl.sum(tl.reshape(square, [GROUPS, WIDTH // 2]), 1) / WIDTH + EPS)
+        if GO:  # noqa: SIM102, one is decided when compiled
+            if gated:
+                o_g = tl.minimum(first // WIDTH + u * GROUPS + tl.arange(0, GROUPS), D // WIDTH - 1)
+                factor *= receive((p_gate + o_g,), epoch, 1, SINGLE)[0]
+        factor = tl.reshape(tl.broadcast_to(factor[:, None], [GROUPS, WIDTH // 2]), [CH // 2])
+        factor = tl.where(first + u * CH + o_k < D, factor, 0.0)
+        even, odd = append(even, values[u] * factor), append(odd, values[2 * U + u] * factor)
+    return even + odd
 
 
 @triton.jit
@@ -174,32 +239,53 @@ def relay_packets(
 
 
 @triton.jit
-def spike_packets(
-    drive, o_n, mask, p_state, p_vector, p_group, p_lengths, step,
-    D: tl.constexpr, C: tl.constexpr, GRADED: tl.constexpr, THETA: tl.constexpr, BETA: tl.constexpr,
-    RHO: tl.constexpr,
+def fetch_neurons(
+    o_n, mask, p_state, p_vector, D: tl.constexpr, C: tl.constexpr, THETA: tl.constexpr, RHO: tl.constexpr,
 ):  # fmt: skip
-    """As `spike_update`, for a single lane."""
+    """What of neurons o_n does not wait for their drive: the voltage without it, its factor and its bias, the new
+    adaptation and the old spikes."""
     alpha = tl.load(p_vector + D * C + o_n, mask=mask, other=0.5)
     bias = tl.load(p_vector + D * C + D + o_n, mask=mask, other=0.0)
     voltage = tl.load(p_state + o_n, mask=mask, other=0.0, cache_modifier=".cg")
     adaptation = tl.load(p_state + D + o_n, mask=mask, other=0.0, cache_modifier=".cg")
     spikes = tl.load(p_state + 2 * D + o_n, mask=mask, other=0.0, cache_modifier=".cg")
-    active = is_active(p_lengths, 0, True, step)
     o_c = tl.arange(0, C)[None, :]
     b_w = tl.load(p_vector + o_n[:, None] * C + o_c, mask=mask[:, None], other=0.0)
     p_s = p_state + 2 * D + (o_n // C * C)[:, None] + o_c
     b_s = tl.load(p_s, mask=mask[:, None], other=0.0, cache_modifier=".cg")
     lateral = tl.sum(b_w * b_s, 1)
-    a = spikes + RHO * (adaptation - spikes)
-    v = alpha * (voltage - THETA * spikes) + tl.sqrt(1.0 - alpha) * (drive + bias) + (1.0 - alpha) * lateral
+    still = alpha * (voltage - THETA * spikes) + (1.0 - alpha) * lateral
+    return still, tl.sqrt(1.0 - alpha), bias, spikes + RHO * (adaptation - spikes), spikes
+
+
+@triton.jit
+def spike_packets(
+    drive, still, gain, bias, a, spikes, o_n, mask, p_state, p_group, p_lengths, step,
+    D: tl.constexpr, GRADED: tl.constexpr, THETA: tl.constexpr, BETA: tl.constexpr, SINGLE: tl.constexpr,
+):  # fmt: skip
+    """As `spike_update`, for a single lane and with what `fetch_neurons` gives."""
+    active = is_active(p_lengths, 0, True, step)
+    v = still + gain * (drive + bias)
     u = v - BETA * a - THETA
     s = tl.minimum(tl.maximum(u, 0.0), 4.0) if GRADED else tl.where(u > 0.0, 1.0, 0.0)
     s = tl.where(active, s, spikes)
-    tl.store(p_state + o_n, v, mask=mask & active)
-    tl.store(p_state + D + o_n, a, mask=mask & active)
-    send(p_group + o_n, s, step + 1, mask)
+    store_here(p_state + o_n, v, mask & active, SINGLE)
+    store_here(p_state + D + o_n, a, mask & active, SINGLE)
+    send_here(p_group + o_n, s, step + 1, mask, SINGLE)
     return s
+
+
+@triton.jit
+def ask_for_unit(unit, p_state, p_vector, D: tl.constexpr, N: tl.constexpr, DELTA: tl.constexpr, CU: tl.constexpr,
+                 BD: tl.constexpr, SINGLE: tl.constexpr):  # fmt: skip
+    """Have what `fetch_unit` reads brought to L2."""
+    if unit < D // CU:
+        head = unit // (N // CU)
+        prefetch(p_state + head * N * N + tl.arange(0, N) * N + unit % (N // CU) * CU, SINGLE)
+        o_k = tl.minimum(tl.arange(0, BD // 32) * 32, D - 1)
+        prefetch(p_vector + head * D + o_k, SINGLE)
+        if DELTA:
+            prefetch(p_vector + D // N * (D + 1) + head * D + o_k, SINGLE)
 
 
 @triton.jit
@@ -233,10 +319,9 @@ def memory_packets(
     head = unit // parts
     o_n, o_v = tl.arange(0, N), unit % parts * CU + tl.arange(0, CU)
     p_in = p_inner + head * N
-    q = silu(receive(p_in + o_n, step + 1, 1, SINGLE))
-    k = silu(receive(p_in + D + o_n, step + 1, 1, SINGLE))
-    v = receive(p_in + 2 * D + o_v, step + 1, 1, SINGLE)
-    gate = receive(p_in + 3 * D + o_v, step + 1, 1, SINGLE)
+    q, k = receive((p_in + o_n, p_in + D + o_n), step + 1, 1, SINGLE)
+    v, gate = receive((p_in + 2 * D + o_v, p_in + 3 * D + o_v), step + 1, 1, SINGLE)
+    q, k = silu(q), silu(k)
     active = is_active(p_lengths, 0, True, step)
     q *= tl.rsqrt(tl.sum(q * q, 0) + EPS)
     k *= tl.rsqrt(tl.sum(k * k, 0) + EPS)
@@ -246,6 +331,7 @@ def memory_packets(
     weight += k[:, None] * v[None, :]
     read = tl.sum(weight * q[:, None], 0)
     o_d = head * N + o_v
-    send(p_group + o_d, read, step + 1, True)
-    send(p_y + o_d, read * silu(gate), step + 1, True)
+    here = o_v >= 0
+    send_here(p_group + o_d, read, step + 1, here, SINGLE)
+    send_here(p_y + o_d, read * silu(gate), step + 1, here, SINGLE)
     tl.store(p_state + head * N * N + o_n[:, None] * N + o_v[None, :], weight, mask=(o_n < N)[:, None] & active)

@@ -127,19 +127,6 @@ class StreamTiles:
         return constants
 
 
-def packet_constexprs(shape: BrainShape, tiles: StreamTiles) -> dict[str, int]:
-    """What the kernel for a single lane takes besides: channels of width D and M at once (FD, FM), in whole chunks, and
-    how many of them a thread polls at once."""
-    chunk = tiles.NB * tiles.KS
-    constants = {}
-    for name, width in (("D", shape.width), ("M", shape.mlp_width)):
-        channels = chunk * triton.next_power_of_2(triton.cdiv(width, chunk))
-        of_thread = channels // (32 * tiles.num_warps)
-        constants["F" + name] = channels
-        constants["PACK_" + name] = 8 if of_thread >= 8 else 2 if of_thread >= 2 else 1
-    return constants
-
-
 MAX_STREAM_LANES = 4
 MAX_PACKET_LANES = 1
 _RING_BYTES = 192 * 1024  # of shared memory, for tiles in flight
@@ -180,4 +167,96 @@ def choose_stream(
         BRACE=min(512, triton.next_power_of_2(triton.cdiv(triton.cdiv(shape.vocab_size, rows), num_programs) * rows)),
         P=num_programs,
         STAGES=min(16, _RING_BYTES // tile_bytes + 1),
+    )
+
+
+@dataclass(frozen=True)
+class PacketTiles:
+    """Constants of the launch for one lane.
+
+    Arguments:
+        R: rows of a tile. NH, NI, KS: its channels, NH * NI slices of KS. U: tiles of a turn, one behind another.
+        CU: value channels of a head that are one unit of memory.
+        BD, BV, BP: D, ids and programs at once, padded. BRACE: ids a program races at once. P: programs.
+        STAGES: turns in flight, and one. TOKENS: tokens that weights are asked for without a pause.
+    """
+
+    R: int
+    NH: int
+    NI: int
+    KS: int
+    U: int
+    CU: int
+    BD: int
+    BV: int
+    BP: int
+    BRACE: int
+    P: int
+    STAGES: int
+    TOKENS: int = 16
+    num_warps: int = 8
+
+    @property
+    def channels(self) -> int:
+        return self.NH * self.NI * self.KS
+
+    def constexprs(self) -> dict[str, int]:
+        """Keyword arguments of the kernel."""
+        constants = asdict(self)
+        del constants["num_warps"]
+        return constants
+
+
+_MOST_TOGETHER = 4  # tiles of a turn
+_TURN_BYTES = 64 * 1024  # at most
+
+
+def choose_packets(
+    shape: BrainShape,
+    dtype: torch.dtype,
+    num_programs: int,
+    *,
+    channels: int | None = None,
+    together: int | None = None,
+    ring_bytes: int = _RING_BYTES,
+    num_warps: int = 8,
+) -> PacketTiles:
+    """Tiles for one lane: if it goes, a turn takes all channels of width D, in the fewest and least padded tiles."""
+    group = max(shape.column_width, shape.head_width)
+    rows, largest = (_INTERPRETED_TILE, _INTERPRETED_TILE) if num_programs == 1 else (16, 512)
+    most_bytes = 2**30 if num_programs == 1 else _TURN_BYTES
+    if channels is None:
+        sizes = [largest >> i for i in range(10) if largest >> i >= group] or [group]
+
+        def cost(size: int) -> tuple[int, int, int]:
+            turn = size * min(triton.cdiv(shape.width, size), _MOST_TOGETHER)
+            fits = turn * rows * dtype.itemsize <= most_bytes
+            return (0 if fits else 1, triton.cdiv(shape.width, size) * size, -size)
+
+        channels = min(sizes, key=cost)
+    if together is None:
+        together = min(triton.cdiv(shape.width, channels), _MOST_TOGETHER)
+        while together > 1 and together * channels * rows * dtype.itemsize > most_bytes:
+            together -= 1
+    unit = shape.head_width
+    if num_programs > 1:
+        unit = 16
+        while unit > 4 and shape.width < 96 * unit:
+            unit //= 2
+    slice_channels = min(128 // dtype.itemsize, channels)
+    inner = min(4, channels // slice_channels)
+    return PacketTiles(
+        R=rows,
+        NH=channels // slice_channels // inner,
+        NI=inner,
+        KS=slice_channels,
+        U=together,
+        CU=min(unit, shape.head_width),
+        BD=triton.next_power_of_2(shape.width),
+        BV=min(2048, triton.next_power_of_2(shape.vocab_size)),
+        BP=triton.next_power_of_2(num_programs),
+        BRACE=min(512, triton.next_power_of_2(triton.cdiv(triton.cdiv(shape.vocab_size, rows), num_programs) * rows)),
+        P=num_programs,
+        STAGES=max(2, min(16, ring_bytes // (together * rows * channels * dtype.itemsize) + 1)),
+        num_warps=num_warps,
     )

@@ -13,7 +13,7 @@ from kernels.generate.kernel import generate_kernel
 from kernels.generate.layout import BrainShape
 from kernels.generate.packet_kernel import packet_kernel
 from kernels.generate.stream_kernel import stream_kernel
-from kernels.generate.tiles import choose_stream, choose_tiles, packet_constexprs
+from kernels.generate.tiles import choose_packets, choose_stream, choose_tiles
 from kernels.offline import SHARED_LIMITS, compile_kernel
 
 sizes = {{
@@ -24,14 +24,19 @@ sizes = {{
 }}
 shape, lanes, dtype, capability, name = sizes["{size}"], {lanes}, torch.{dtype}, {capability}, "{name}"
 kernel = {{"packet": packet_kernel, "stream": stream_kernel, "generate": generate_kernel}}[name]
-tiles = (choose_tiles if name == "generate" else choose_stream)(shape, lanes, dtype, 132)
+if name == "packet":
+    tiles = choose_packets(shape, dtype, 132)
+    block = f"1,{{tiles.NH}},{{tiles.R}},{{tiles.NI}},{{tiles.KS}}"
+elif name == "stream":
+    tiles = choose_stream(shape, lanes, dtype, 132)
+    block = f"1,{{tiles.NB}},{{tiles.R}},{{tiles.KS}}"
+else:
+    tiles = choose_tiles(shape, lanes, dtype, 132)
 constants = dict(
     D=shape.width, C=shape.column_width, N=shape.head_width, M=shape.mlp_width, V=shape.vocab_size, TAPS=4, GRADED=True,
     DELTA=False, GO=True, THETA=0.5, BETA=0.5, RHO=0.95, EPS=1e-6, GREEDY=False, PENALTY=False, TOP_K=False,
     TOP_P=False, MIN_P=False, BS=1, SINGLE=False, **tiles.constexprs(),
 )
-if kernel is packet_kernel:
-    constants |= packet_constexprs(shape, tiles)
 weight = "bf16" if dtype.itemsize == 2 else "fp32"
 types = dict.fromkeys(("p_ids", "p_stop", "p_lanes", "p_positions", "p_packets", "p_table"), "*i64")
 types |= dict.fromkeys(("p_embedding", "p_decoder", "p_matrices", "p_x_columns", "p_columns"), "*" + weight)
@@ -40,7 +45,7 @@ if kernel is generate_kernel:
     types["p_counter"] = "*i64"
 else:
     types |= {{"p_counter": "*i32", "p_hidden": "*" + weight}}
-    types["d_tiles"] = f"tensordesc<{{weight}}[1,{{tiles.NB}},{{tiles.R}},{{tiles.KS}}]>"
+    types["d_tiles"] = f"tensordesc<{{weight}}[{{block}}]>"
 types |= dict.fromkeys(("temperature", "penalty", "top_p", "log_min_p"), "fp32") | dict.fromkeys(constants, "constexpr")
 signature = {{name: types.get(name, "*fp32" if name[:2] == "p_" else "i32") for name in kernel.arg_names}}
 used, code = compile_kernel(kernel, signature, constants, capability=capability, num_warps=tiles.num_warps)
@@ -51,7 +56,7 @@ if kernel is generate_kernel:
     assert "LDGSTS.E.BYPASS.128" in code, "weights are not copied 16 bytes at a time"
     assert "CCTL.E.PF2" in code, "nothing is prefetched"
 else:
-    assert code.count("UTMALDG") == tiles.STAGES, "the loop over tiles is not pipelined"
+    assert code.count("UTMALDG") == tiles.STAGES * getattr(tiles, "U", 1), "the loop over tiles is not pipelined"
     assert "LDGSTS" not in code, "a thread has copies in flight at a fence"
 if kernel is packet_kernel:
     assert code.count("MEMBAR.ALL.GPU") == 1, "one barrier a token, before the draw"

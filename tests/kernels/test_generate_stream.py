@@ -13,7 +13,7 @@ from kernels.generate.stream import DECODE, _matrices, stream_table, tile_weight
 def test_every_weight_is_read_once(num_programs: int, rows: int, slices: int) -> None:
     shape = BrainShape(48, 16, 16, 112, 263, 1, 2, 1)
     matrices, decoder = torch.randn(shape.matrices_size), torch.randn(shape.vocab_size, shape.width)
-    tiles = tile_weights(shape, matrices, decoder, rows, slices, 16)
+    tiles = tile_weights(shape, matrices, decoder, rows, slices, 1, 16).squeeze(3)
     table = stream_table(shape, num_programs, rows, slices * 16, torch.device("cpu"))
     read: Counter[tuple[int, ...]] = Counter()
     halves = {(layer, kind): value for kind, layer, *value in _matrices(shape)}
