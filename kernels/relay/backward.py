@@ -15,9 +15,9 @@ _PARTIALS_PER_LOAD = 8
 
 @triton.jit
 def _reach(id_ptr, slot_ptr, start_ptr, i, num_sorted, num_tokens, J: tl.constexpr, HAS_START: tl.constexpr):
-    """Of the i-th sorted slot: the token it stands for (counted over all lanes), and the j, from the first up to but not
-    including the last, for which the j-th token after it is one of its sequence and of its document; none past the
-    end and for a slot of no token."""
+    """Of the i-th sorted slot: the token it stands for, counted over all lanes; from which j on the j-th token after it
+    is one of its sequence and of its document, and from which on no more. None is past the end, or for a slot of no
+    token."""
     inside = i < num_sorted
     slot = tl.load(slot_ptr + i, mask=inside, other=0)
     history_length = num_tokens + (J - 1)

@@ -36,9 +36,7 @@ def test_the_pull_is_by_how_much_a_neuron_misses_the_target(backend: str) -> Non
     for num_targets, factor in ((every, 1.0), (half, 2.0), (0 * half, 10.0)):
         biases = [torch.randn(3, device=device, requires_grad=True) for _ in fired]
         own = torch.tensor(1.25, device=device, requires_grad=True)
-        loss = add_homeostasis(
-            own, biases, fired, 10, num_targets, strength=3.0, target=0.2, backend=backend
-        )
+        loss = add_homeostasis(own, biases, fired, 10, num_targets, strength=3.0, target=0.2, backend=backend)
         assert float(loss.detach()) == 1.25
         loss.backward(torch.tensor(0.5, device=device))
         assert float(own.grad) == 0.5  # type: ignore[arg-type]

@@ -54,9 +54,7 @@ def test_no_spills():
     width = {"D": 1536, "BLOCK_D": 2048}
     cases = [
         CompileCase("kernels.relay.fused", "relay_forward_kernel", FORWARD, {**taps, **width}, 8),
-        CompileCase(
-            "kernels.relay.history", "sort_history_kernel", SORT, {"J": 4, "PLACED": 32, "COMPARED": 256}, 4
-        ),
+        CompileCase("kernels.relay.history", "sort_history_kernel", SORT, {"J": 4, "PLACED": 32, "COMPARED": 256}, 4),
         CompileCase("kernels.relay.backward", "relay_sum_runs_kernel", SUM_RUNS, {**taps, **width, "SLOTS": 32}, 8),
         CompileCase(
             "kernels.relay.backward",
