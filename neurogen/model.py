@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from neurogen.brain import Brain, BrainConfig, BrainState, Decoder, TokenEmbedding, health_metrics
-from neurogen.brain.homeostasis import homeostatic_loss
+from neurogen.brain import Brain, BrainConfig, BrainState, Decoder, TokenEmbedding
+from neurogen.brain.health import health_metrics, stack_activity
+from neurogen.brain.homeostasis import add_homeostasis
 from neurogen.errors import UserError
 from neurogen.generation import Generation, generate
 from neurogen.generation.prompts import GROUP_LANES, Prompts, generate_prompts
@@ -105,21 +106,23 @@ class NeuroGen(nn.Module):
         elif state.lanes != input_ids.shape[0]:
             raise UserError(f"the state has {state.lanes} lanes and input_ids {input_ids.shape[0]}; make them equal")
         out = self.mode.sequence(self.brain, self.embedding, input_ids, state, document_start)
-        health = health_metrics(out)
+        counts = stack_activity(out.activity) if out.activity else None
+        health = health_metrics(out, counts, backend=self.mode.backend)
         if target_ids is None:
             return Output(self.decoder(out.broca_output), None, None, None, out.state, health)
         decoded = self.mode.loss(self.decoder, out.broca_output, target_ids)
         loss = decoded.loss
-        if self.config.homeostasis and out.activity and torch.is_grad_enabled():
-            biases = {name: layer.drive_bias for name, layer in self.brain.cortex_layers().items()}
-            pull = homeostatic_loss(
-                out.activity,
-                biases,
+        if self.config.homeostasis and counts is not None and torch.is_grad_enabled():
+            loss = add_homeostasis(
+                loss,
+                [layer.drive_bias for layer in self.brain.cortex_layers().values()],
+                counts[0],
+                input_ids.numel(),
                 decoded.num_targets,
                 strength=self.config.homeostasis,
                 target=self.config.firing_rate,
+                backend=self.mode.backend,
             )
-            loss = loss + pull.to(loss.dtype)
         return Output(None, loss, decoded.num_correct, decoded.num_targets, out.state, health)
 
     def step(self, token_ids: Tensor, state: BrainState) -> tuple[Tensor, BrainState]:

@@ -14,12 +14,16 @@ from torch import Tensor
 
 import kernels.launch  # noqa: F401  before triton: it chooses the interpreter
 from kernels.adamw.reference import AdamWOptions
+from kernels.addresses import AddressTable, check_addressable
 from kernels.launch import INTERPRETED, check_launchable
 
 _BLOCK = 1024  # numbers a program works on at a time
 _BLOCKS = 8  # a program works on one after the other, having read once where its tensors lie
 _PROGRAM = _BLOCK * _BLOCKS
-_COLUMNS = tl.constexpr(6)  # of the table of addresses: see `AddressTable`
+# Of the table: addresses of the parameter, its gradient, its two averages, its half-precision copy (0 for none) and its
+# number of steps, and the number of elements.
+_COLUMNS = tl.constexpr(7)
+_SMALLEST_LOG = -1e30  # for a beta of 0
 
 
 @triton.jit
@@ -49,7 +53,7 @@ def _update(
 
 @triton.jit
 def adamw_kernel(
-    table_ptr,  # [P, 6] int64
+    table_ptr,  # [P, 7] int64
     block_ptr,  # [programs, 2] int32: which parameter, and which part of it
     correction_ptr,  # [P, 2] float32: 1 - beta1^step, 1 - beta2^step
     lr_ptr,  # 0-d float32
@@ -72,7 +76,7 @@ def adamw_kernel(
         p_avg = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.float32)), 16)
         p_avg_sq = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(tl.float32)), 16)
         rounded = tl.load(row + 4)
-        num_elements = tl.load(row + 5)
+        num_elements = tl.load(row + 6)
         correction1 = tl.load(correction_ptr + 2 * i_param)
         correction2 = tl.load(correction_ptr + 2 * i_param + 1)
         lr = tl.load(lr_ptr)
@@ -92,42 +96,31 @@ def adamw_kernel(
             )  # fmt: skip
 
 
-class AddressTable:
-    """Where the tensors of P parameters lie, as the launch reads it.
-
-    A row: addresses of the parameter, its gradient, its two averages and its half-precision copy (0 for none), and the
-    number of elements. While a CUDA graph is recorded nothing can be sent to the device: the addresses
-    are noted, and `upload` sends them afterwards.
-    """
-
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        device = params[0].device
-        assert not _recording(device), "a recorded launch needs a table made before"
-        blocks = []
-        for i, param in enumerate(params):
-            count = torch.arange(-(-param.numel() // _PROGRAM), dtype=torch.int32, device=device)
-            blocks.append(torch.stack([torch.full_like(count, i), count], 1))
-        self.blocks = torch.cat(blocks)
-        self.table = torch.zeros(len(params), _COLUMNS.value, dtype=torch.int64, device=device)
-        self._noted: list[tuple[int, ...]] = []
-        self._uploaded: list[tuple[int, ...]] = []
-
-    def note(self, rows: list[tuple[int, ...]]) -> None:
-        """Rows of the table for the next launch."""
-        self._noted = rows
-        if not _recording(self.table.device):
-            self.upload()
-
-    def upload(self) -> None:
-        """Send the noted rows, if the device does not have them."""
-        if self._noted != self._uploaded:
-            rows = torch.tensor(self._noted, dtype=torch.int64)
-            self.table.copy_(rows.pin_memory() if self.table.is_cuda else rows, non_blocking=True)
-            self._uploaded = self._noted
+@triton.jit
+def adamw_corrections_kernel(
+    table_ptr,  # [P, 7] int64
+    correction_ptr,  # [P, 2] float32
+    skip_ptr,  # 0-d float32
+    num_params,
+    LOG_BETA1: tl.constexpr,
+    LOG_BETA2: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Count a step of every parameter unless it is skipped, and make 1 - beta^step of it: in float64, for at the first
+    steps the power is so near one that float32 would leave three digits of the difference."""
+    o_p = tl.arange(0, BLOCK)
+    mask = o_p < num_params
+    p_step = tl.load(table_ptr + o_p * _COLUMNS + 5, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+    b_step = tl.load(p_step, mask=mask, other=0.0) + (1.0 - tl.load(skip_ptr))
+    tl.store(p_step, b_step, mask=mask)
+    tl.store(correction_ptr + 2 * o_p, (1.0 - tl.exp(b_step.to(tl.float64) * LOG_BETA1)).to(tl.float32), mask=mask)
+    tl.store(correction_ptr + 2 * o_p + 1, (1.0 - tl.exp(b_step.to(tl.float64) * LOG_BETA2)).to(tl.float32), mask=mask)
 
 
-def _recording(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def make_table(params: Sequence[Tensor]) -> AddressTable:
+    """The table of these parameters' launches."""
+    sizes = [param.numel() for param in params]
+    return AddressTable(sizes, params[0].device, part=_PROGRAM, num_columns=_COLUMNS.value)
 
 
 def launch_adamw(
@@ -147,9 +140,9 @@ def launch_adamw(
     """`adamw_reference` for every parameter, in place, or nothing where `skip` is not 0.
 
     Arguments:
-        table: made for these parameters.
+        table: made for these parameters by `make_table`.
         params, grads, exp_avgs, exp_avg_sqs: contiguous float32, each beginning on 16 bytes.
-        steps: 0-d float32 each, the number of this step from 1 on.
+        steps: 0-d float32 each, the number of steps before this one, which is counted.
         rounded: tensors that are given the new values, or None; all of one type, which is float32 where a layer that
             trains in it keeps several weights as one matrix.
         lr, grad_scale, skip: 0-d float32 on the device.
@@ -160,26 +153,27 @@ def launch_adamw(
     check_launchable("adamw", *params, *grads, lr, grad_scale, skip)
     halves = {copy.dtype for copy in rounded if copy is not None}
     assert len(halves) <= 1, "copies of one type a launch"
-    rows = []
-    for param, grad, avg, avg_sq, copy in zip(params, grads, exp_avgs, exp_avg_sqs, rounded, strict=True):
-        addresses = [x.data_ptr() for x in (param, grad, avg, avg_sq)]
-        for x in (param, grad, avg, avg_sq):
-            if x.dtype != torch.float32 or not x.is_contiguous() or x.data_ptr() % 16:
-                raise ValueError(
-                    f"adamw: a tensor of shape {tuple(x.shape)} is {x.dtype} at {x.data_ptr() % 16} bytes past a "
-                    "multiple of 16; the launch needs contiguous float32 that begins on one"
-                )
-        rows.append((*addresses, 0 if copy is None else copy.data_ptr(), param.numel()))
-    table.note(rows)
-    # 1 - beta^step as -expm1(step log beta): at the first steps the power is so near one that float32 would leave three
-    # digits of the difference.
-    count = torch.stack(list(steps)).double()
-    logs = [math.log(beta) if beta > 0.0 else -math.inf for beta in (options.beta1, options.beta2)]
-    corrections = torch.stack([-torch.expm1(count * log) for log in logs], 1).float()
+    check_addressable("adamw", *params, *grads, *exp_avgs, *exp_avg_sqs)
+    rows = [
+        (*(x.data_ptr() for x in tensors), 0 if copy is None else copy.data_ptr(), step.data_ptr(), tensors[0].numel())
+        for *tensors, copy, step in zip(params, grads, exp_avgs, exp_avg_sqs, rounded, steps, strict=True)
+    ]
+    addresses = table.note(rows)
+    corrections = torch.empty(len(params), 2, dtype=torch.float32, device=lr.device)
+    adamw_corrections_kernel[(1,)](
+        addresses,
+        corrections,
+        skip,
+        len(params),
+        LOG_BETA1=math.log(options.beta1) if options.beta1 > 0.0 else _SMALLEST_LOG,
+        LOG_BETA2=math.log(options.beta2) if options.beta2 > 0.0 else _SMALLEST_LOG,
+        BLOCK=triton.next_power_of_2(len(params)),
+        num_warps=4,
+    )
     kinds = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     half = kinds[next(iter(halves), torch.bfloat16)]
     adamw_kernel[(len(table.blocks),)](
-        table.table,
+        addresses,
         table.blocks,
         corrections,
         lr,

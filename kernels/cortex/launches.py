@@ -139,7 +139,8 @@ def launch_forward(
                 drive, lateral_weight, document_start, ceiling, threshold, adaptation_strength, adaptation_decay
             ),
         )
-    return spikes, voltage, adaptation, last_spikes, counts.sum(0, dtype=torch.int32), excess
+    total = counts[0] if num_tiles == 1 else counts.sum(0, dtype=torch.int32)
+    return spikes, voltage, adaptation, last_spikes, total, excess
 
 
 def launch_backward(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels.decode.reference import IGNORE_INDEX, DecodeOutput
 from kernels.decode.rows import PITCH_MULTIPLE, launch_rows, scale_
+from kernels.decode.totals import count_targets, sum_rows
 from kernels.launch import INTERPRETED, check_launchable
 from kernels.linear import RoundedWeights, add_product
 
@@ -55,18 +56,20 @@ def decode_forward(
     weight_copy_bytes: what it takes from the working memory.
     """
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
-    num_targets = (target_ids != ignore_index).sum()
     loss_rows = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
     correct_rows = torch.empty(num_rows, dtype=torch.int32, device=hidden.device)
     grad_hidden = torch.empty(hidden.shape if hidden_needs_grad else (0,), dtype=hidden.dtype, device=hidden.device)
     grad_weight = torch.empty(weight.shape if weight_needs_grad else (0,), dtype=weight.dtype, device=hidden.device)
     if num_rows == 0:
-        return loss_rows.sum(), correct_rows.sum(), num_targets, grad_hidden, grad_weight.zero_()
+        num_targets = correct_rows.sum()
+        return loss_rows.sum(), num_targets.clone(), num_targets, grad_hidden, grad_weight.zero_()
 
     hidden, target_ids = hidden.contiguous(), target_ids.contiguous()
     pitch = -(-vocab_size // PITCH_MULTIPLE) * PITCH_MULTIPLE
     rows_at_a_time = chunk_rows(num_rows, pitch * hidden.element_size(), weight_copy_bytes)
     buffer = torch.empty(rows_at_a_time, pitch, dtype=hidden.dtype, device=hidden.device)
+    counters = torch.empty(1 + -(-num_rows // rows_at_a_time), dtype=torch.int32, device=hidden.device)
+    num_targets = count_targets(target_ids, ignore_index, zeroed=counters)
     if hidden_needs_grad and weight_needs_grad and _runs_in_one_launch(hidden, vocab_size):
         from kernels.decode.one_launch import launch_whole  # needs Triton 3.4
 
@@ -76,14 +79,14 @@ def decode_forward(
             target_ids,
             num_targets,
             buffer,
+            counters,
             loss_rows,
             correct_rows,
             grad_hidden,
             grad_weight,
             ignore_index=ignore_index,
         )
-        loss = loss_rows.sum() / num_targets.clamp_min(1)
-        return loss, correct_rows.sum(), num_targets, grad_hidden, grad_weight
+        return *sum_rows(loss_rows, correct_rows, num_targets), num_targets, grad_hidden, grad_weight
     for first in range(0, num_rows, rows_at_a_time):
         rows = slice(first, min(first + rows_at_a_time, num_rows))
         padded = buffer[: rows.stop - first]
@@ -103,8 +106,7 @@ def decode_forward(
             torch.mm(logits, rounded, out=grad_hidden[rows])
         if weight_needs_grad:
             add_product(grad_weight, padded[:, :vocab_size].t(), hidden[rows], is_first=first == 0)
-    loss = loss_rows.sum() / num_targets.clamp_min(1)
-    return loss, correct_rows.sum(), num_targets, grad_hidden, grad_weight
+    return *sum_rows(loss_rows, correct_rows, num_targets), num_targets, grad_hidden, grad_weight
 
 
 def _runs_in_one_launch(hidden: Tensor, vocab_size: int) -> bool:
@@ -137,6 +139,7 @@ def _(  # type: ignore[no-untyped-def]
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     _, _, num_targets, grad_hidden, grad_weight = output
     ctx.mark_non_differentiable(output[1], num_targets, grad_hidden, grad_weight)
+    ctx.set_materialize_grads(False)  # zeros the size of the weight, for results that have no gradient
     ctx.save_for_backward(grad_hidden, grad_weight)
     ctx.hidden_needs_grad, ctx.weight_needs_grad = inputs[5], inputs[6]
 
@@ -144,6 +147,8 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     # In place: a second backward through the same loss is refused by autograd's version check, not scaled twice.
     grad_hidden, grad_weight = ctx.saved_tensors
+    if grad_loss is None:
+        return (None,) * 8
     if ctx.hidden_needs_grad:
         scale_(grad_hidden, grad_loss)
     if ctx.weight_needs_grad:

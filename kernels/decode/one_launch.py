@@ -181,6 +181,7 @@ def launch_whole(
     target_ids: Tensor,
     num_targets: Tensor,
     buffer: Tensor,
+    counters: Tensor,
     loss_rows: Tensor,
     correct_rows: Tensor,
     grad_hidden: Tensor,
@@ -193,11 +194,10 @@ def launch_whole(
     Arguments:
         hidden, weight: contiguous, of one type, D a multiple of 16 bytes.
         buffer: `[rows of a chunk, pitch]` for logits, rows a multiple of 128.
+        counters: `[1 + chunks]` int32, zero.
     """
     num_tokens, width = hidden.shape
     block_m, block_n, block_k = _INTERPRETED_TILE if INTERPRETED else _TILE
-    num_chunks = triton.cdiv(num_tokens, buffer.shape[0])
-    counters = torch.zeros(1 + num_chunks, dtype=torch.int32, device=hidden.device)
     num_programs = 1 if INTERPRETED else torch.cuda.get_device_properties(hidden.device).multi_processor_count
     decode_one_launch_kernel[(num_programs,)](
         TensorDescriptor.from_tensor(hidden, [block_m, block_k]),

@@ -7,30 +7,40 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.linear import idle_gpu
+from kernels.relay.history import sort_history
 
-_SLOTS_PER_PROGRAM = 32
+_MOST_SLOTS = 32  # of a program, one after the other
+_NUM_PROGRAMS = 256  # at least, where there are slots enough: a slot takes a program longer than its bytes need
 _PARTIALS_PER_LOAD = 8
-# torch.sort picks another algorithm, of another number of launches, for short arrays; all are sorted as long ones.
-_MIN_SORTED = 8192
 
 
 @triton.jit
-def _later_gradients(
-    grad_x_ptr, start_ptr, slot, num_tokens, o_j, o_d, J: tl.constexpr, D: tl.constexpr, HAS_START: tl.constexpr
-):
-    """`[BLOCK_J, BLOCK_D]`: gradient of x at the j-th token after this slot's, zero across a document's start."""
+def _reach(id_ptr, slot_ptr, start_ptr, i, num_sorted, num_tokens, J: tl.constexpr, HAS_START: tl.constexpr):
+    """Of the i-th sorted slot: the token it stands for, counted over all lanes; from which j on the j-th token after it
+    is one of its sequence and of its document, and from which on no more. None is past the end, or for a slot of no
+    token."""
+    inside = i < num_sorted
+    slot = tl.load(slot_ptr + i, mask=inside, other=0)
     history_length = num_tokens + (J - 1)
-    lane = slot // history_length
     t = slot % history_length - (J - 1)
-    first = lane * num_tokens + t
-    reachable = (o_j < J) & (t + o_j >= 0) & (t + o_j < num_tokens)
+    token = slot // history_length * num_tokens + t
+    last = tl.minimum(num_tokens - t, J)
     if HAS_START:
-        for ahead in tl.static_range(1, J):
-            in_sequence = (t + ahead >= 0) & (t + ahead < num_tokens)
-            start = tl.load(start_ptr + first + ahead, mask=in_sequence, other=0)
-            reachable = reachable & ((o_j < ahead) | (start == 0))
-    p_grad = grad_x_ptr + (first + o_j)[:, None] * D + o_d[None, :]
-    return tl.load(p_grad, mask=reachable[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
+        for back in tl.static_range(1, J):
+            ahead = J - back
+            in_sequence = inside & (t + ahead >= 0) & (t + ahead < num_tokens)
+            start = tl.load(start_ptr + token + ahead, mask=in_sequence, other=0)
+            last = tl.where(start != 0, ahead, last)
+    some = inside & (tl.load(id_ptr + i, mask=inside, other=-1) >= 0)
+    return token, tl.maximum(-t, 0), tl.where(some, last, 0)
+
+
+@triton.jit
+def _later_gradients(grad_x_ptr, token, first, last, o_j, o_d, D: tl.constexpr):
+    """`[BLOCK_J, BLOCK_D]`: gradient of x at the j-th token after this one, zero out of reach."""
+    p_grad = grad_x_ptr + (token + o_j)[:, None] * D + o_d[None, :]
+    mask = ((o_j >= first) & (o_j < last))[:, None] & (o_d < D)[None, :]
+    return tl.load(p_grad, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -81,12 +91,18 @@ def relay_sum_runs_kernel(
     began_earlier = tl.load(id_ptr + first - 1, mask=first > 0, other=-1) == tl.load(id_ptr + first)
     # The slots of no token are sorted first; a program that has no others has nothing to sum.
     end = tl.where(tl.load(id_ptr + last) >= 0, first + SLOTS, first)
+    # What a slot adds is asked for while the slot before is worked on, and where it lies one slot earlier still.
+    token, j_first, j_last = _reach(id_ptr, slot_ptr, start_ptr, first, end, num_tokens, J, HAS_START)
+    b_next = _later_gradients(grad_x_ptr, token, j_first, j_last, o_j, o_d, D)
+    token, j_first, j_last = _reach(id_ptr, slot_ptr, start_ptr, first + 1, end, num_tokens, J, HAS_START)
     for i in range(first, end):
+        b_later = b_next
+        b_next = _later_gradients(grad_x_ptr, token, j_first, j_last, o_j, o_d, D)
+        token, j_first, j_last = _reach(id_ptr, slot_ptr, start_ptr, i + 2, end, num_tokens, J, HAS_START)
         token_id = tl.load(id_ptr + i)
         next_id = tl.load(id_ptr + i + 1, mask=i + 1 < num_sorted, other=-1)
         if (token_id >= 0) & (token_id < vocab_size):
-            slot = tl.load(slot_ptr + i)
-            b_run += _later_gradients(grad_x_ptr, start_ptr, slot, num_tokens, o_j, o_d, J, D, HAS_START)
+            b_run += b_later
             ends = next_id != token_id
             if ends | (i == last):
                 row = token_id.to(tl.int64)
@@ -148,25 +164,35 @@ def row_warps(block_d: int) -> int:
     return min(max(block_d // 256, 1), 8)
 
 
+def slots_of_a_program(num_slots: int) -> int:
+    """A power of two."""
+    return min(triton.next_power_of_2(triton.cdiv(num_slots, _NUM_PROGRAMS)), _MOST_SLOTS)
+
+
 def relay_backward_launch(
-    grad_x: Tensor, history: Tensor, embedding: Tensor, taps: Tensor, document_start: Tensor | None, eps: float
+    grad_x: Tensor,
+    input_ids: Tensor,
+    recent_ids: Tensor,
+    embedding: Tensor,
+    taps: Tensor,
+    document_start: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the embedding and the taps; arguments as for `relay_fused`."""
     num_taps, width = taps.shape
-    num_tokens = history.shape[1] - (num_taps - 1)
+    lanes, num_tokens = input_ids.shape
     grad_embedding = torch.zeros_like(embedding, memory_format=torch.contiguous_format)
-    if history.shape[0] * num_tokens == 0:
+    if lanes * num_tokens == 0:
         return grad_embedding, torch.zeros_like(taps, memory_format=torch.contiguous_format)
     grad_x, embedding, taps = grad_x.contiguous(), embedding.contiguous(), taps.contiguous()
-    ids = history.reshape(-1).to(torch.int32)
-    min_sorted = _SLOTS_PER_PROGRAM if ids.device.type == "cpu" else _MIN_SORTED
-    num_sorted = max(triton.cdiv(len(ids), _SLOTS_PER_PROGRAM) * _SLOTS_PER_PROGRAM, min_sorted)
+    slots_per_program = slots_of_a_program(lanes * (num_tokens + num_taps - 1))
     with idle_gpu():
-        sorted_ids, slots = torch.nn.functional.pad(ids, (0, num_sorted - len(ids)), value=-1).sort(stable=True)
+        sorted_ids, slots = sort_history(input_ids, recent_ids, multiple=slots_per_program)
 
-    num_programs = num_sorted // _SLOTS_PER_PROGRAM
-    partials = torch.empty(num_programs, 2, width, dtype=torch.float32, device=ids.device)
-    grad_taps = torch.empty(num_programs, num_taps, width, dtype=torch.float32, device=ids.device)
+    num_sorted = len(sorted_ids)
+    num_programs = num_sorted // slots_per_program
+    partials = torch.empty(num_programs, 2, width, dtype=torch.float32, device=grad_x.device)
+    grad_taps = torch.empty(num_programs, num_taps, width, dtype=torch.float32, device=grad_x.device)
     block_d = triton.next_power_of_2(width)
     relay_sum_runs_kernel[(num_programs,)](
         grad_x,
@@ -185,7 +211,7 @@ def relay_backward_launch(
         J=num_taps,
         D=width,
         HAS_START=document_start is not None,
-        SLOTS=_SLOTS_PER_PROGRAM,
+        SLOTS=slots_per_program,
         BLOCK_J=triton.next_power_of_2(num_taps),
         BLOCK_D=block_d,
         num_warps=row_warps(block_d),
@@ -199,7 +225,7 @@ def relay_backward_launch(
         embedding.shape[0],
         eps,
         D=width,
-        SLOTS=_SLOTS_PER_PROGRAM,
+        SLOTS=slots_per_program,
         PARTIALS=_PARTIALS_PER_LOAD,
         BLOCK_D=block_d,
         num_warps=row_warps(block_d),

@@ -1,7 +1,6 @@
 """Relay in one launch forward; backward sums each row's gradient over its occurrences in a fixed order.
 
-Shape letters: B lanes, T tokens, D width, V vocabulary, J taps. A lane's *history* is its J-1 carried ids, then its T
-ids; slot h of it stands for token h - (J-1).
+Shape letters: B lanes, T tokens, D width, V vocabulary, J taps; `kernels.relay.history` says what a history slot is.
 
 Backward. With G[id, j] = sum over the slots of an id of the gradient j tokens later (zero across a document's start),
 the taps' gradient is sum_id n_id * G[id, j] and the row's is the RMS backward of sum_j taps[j] * G[id, j], since n_id
@@ -17,11 +16,13 @@ from torch import Tensor
 
 from kernels.launch import check_launchable
 from kernels.relay.backward import relay_backward_launch, row_warps
+from kernels.relay.history import load_ids
 
 
 @triton.jit
 def relay_forward_kernel(
-    history_ptr,  # [B, J-1+T] int64
+    input_ptr,  # [B, T] int64
+    recent_ptr,  # [B, J-1] int64
     embedding_ptr,  # [V, D]
     taps_ptr,  # [J, D]
     start_ptr,  # [B, T] bool, unless not HAS_START
@@ -47,8 +48,7 @@ def relay_forward_kernel(
             start = tl.load(start_ptr + i_token - back, mask=t >= back, other=0)
             reachable = reachable & ((o_j <= back) | (start == 0))
 
-    history_row = lane * (num_tokens + J - 1)
-    b_id = tl.load(history_ptr + history_row + t + (J - 1) - o_j, mask=in_taps, other=-1)
+    b_id = load_ids(input_ptr, recent_ptr, lane, t - o_j, num_tokens, in_taps, J)
     b_id = tl.where(reachable, b_id, -1)
     in_table = (b_id >= 0) & (b_id < vocab_size)
     in_tile = in_table[:, None] & in_row[None, :]
@@ -67,23 +67,25 @@ def relay_forward_kernel(
 
 @torch.library.custom_op("neurogen::relay_forward", mutates_args=())
 def relay_forward(
-    history: Tensor,
+    input_ids: Tensor,
+    recent_ids: Tensor,
     embedding: Tensor,
     taps: Tensor,
     document_start: Tensor | None,
     eps: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """`[B, J-1+T]` ids to x `[B, T, D]` and the ids to carry `[B, J-1]`; see `relay_fused`."""
+    """Ids `[B, T]`, after `[B, J-1]`, to x `[B, T, D]` and the ids to carry `[B, J-1]`; see `relay_fused`."""
     num_taps, width = taps.shape
-    lanes, num_tokens = history.shape[0], history.shape[1] - (num_taps - 1)
+    lanes, num_tokens = input_ids.shape
     x = torch.empty(lanes, num_tokens, width, dtype=out_dtype, device=embedding.device)
     carried = torch.empty(lanes, num_taps - 1, dtype=torch.int64, device=embedding.device)
     if x.shape[0] * x.shape[1] == 0:
-        return x, carried.copy_(history[:, num_tokens:])
+        return x, carried.copy_(recent_ids)
     block_d = triton.next_power_of_2(width)
     relay_forward_kernel[(lanes * num_tokens,)](
-        history.contiguous(),
+        input_ids.contiguous(),
+        recent_ids.contiguous(),
         embedding.contiguous(),
         taps.contiguous(),
         None if document_start is None else document_start.contiguous(),
@@ -103,35 +105,42 @@ def relay_forward(
 
 
 @relay_forward.register_fake
-def _(history, embedding, taps, document_start, eps, out_dtype):  # type: ignore[no-untyped-def]
-    num_taps, width = taps.shape
-    num_tokens = history.shape[1] - (num_taps - 1)
-    x = embedding.new_empty(history.shape[0], num_tokens, width, dtype=out_dtype)
-    return x, history.new_empty(history.shape[0], num_taps - 1)
+def _(input_ids, recent_ids, embedding, taps, document_start, eps, out_dtype):  # type: ignore[no-untyped-def]
+    x = embedding.new_empty(*input_ids.shape, taps.shape[1], dtype=out_dtype)
+    return x, torch.empty_like(recent_ids)
 
 
 @torch.library.custom_op("neurogen::relay_backward", mutates_args=())
 def relay_backward(
-    grad_x: Tensor, history: Tensor, embedding: Tensor, taps: Tensor, document_start: Tensor | None, eps: float
+    grad_x: Tensor,
+    input_ids: Tensor,
+    recent_ids: Tensor,
+    embedding: Tensor,
+    taps: Tensor,
+    document_start: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients `[V, D]` of the embedding and `[J, D]` of the taps from that of x; the same bits every time."""
-    return relay_backward_launch(grad_x, history, embedding, taps, document_start, eps)
+    return relay_backward_launch(grad_x, input_ids, recent_ids, embedding, taps, document_start, eps)
 
 
 @relay_backward.register_fake
-def _(grad_x, history, embedding, taps, document_start, eps):  # type: ignore[no-untyped-def]
+def _(grad_x, input_ids, recent_ids, embedding, taps, document_start, eps):  # type: ignore[no-untyped-def]
     return torch.empty_like(embedding), torch.empty_like(taps)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    history, embedding, taps, document_start, eps, _ = inputs
-    ctx.save_for_backward(history, embedding, taps, document_start)
+    *tensors, eps, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
     ctx.eps = eps
 
 
 def _backward(ctx, grad_x, grad_carried):  # type: ignore[no-untyped-def]
+    if grad_x is None:
+        return (None,) * 7
     grads = relay_backward(grad_x, *ctx.saved_tensors, ctx.eps)
-    return None, *grads, None, None, None
+    return None, None, *grads, None, None, None
 
 
 relay_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -156,5 +165,4 @@ def relay_fused(
         ValueError: the tensors are not all on one device that fused kernels run on, or are float64.
     """
     check_launchable("relay", input_ids, embedding, taps, recent_ids, document_start)
-    history = torch.cat([recent_ids, input_ids], dim=1)
-    return relay_forward(history, embedding, taps, document_start, eps, out_dtype or embedding.dtype)
+    return relay_forward(input_ids, recent_ids, embedding, taps, document_start, eps, out_dtype or embedding.dtype)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.activity import homeostatic_pull
 from kernels.cortex import CortexState, cortex
 from kernels.cortex.spike import derivative
 from kernels.decode import IGNORE_INDEX
@@ -27,7 +28,6 @@ from kernels.precision import no_autocast
 from neurogen.brain import BrainState
 from neurogen.brain.brain import BrainOutput
 from neurogen.brain.health import health_metrics
-from neurogen.brain.homeostasis import homeostatic_pull
 from neurogen.brain.regions import Activity, CortexLayer, MemoryLayer, activation_dtype
 from neurogen.brain.state import LayerState
 from neurogen.data import Batch
@@ -222,7 +222,13 @@ class LocalLearning:
         """Homeostasis: a neuron's own rate decides, so it is as local as can be."""
         config = model.config
         for name, activity in fired.items():
-            pull = homeostatic_pull(activity, num_targets, strength=config.homeostasis, target=config.firing_rate)
+            pull = homeostatic_pull(
+                activity.num_fired,
+                activity.num_tokens,
+                num_targets,
+                strength=config.homeostasis,
+                target=config.firing_rate,
+            )
             bias = model.brain.cortex_layers()[name].drive_bias
             _gradient(bias).add_(share * pull.to(bias.dtype))
 

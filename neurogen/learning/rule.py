@@ -72,7 +72,7 @@ class BPTT:
             out = model(batch.input_ids, state, document_start=batch.document_start, target_ids=batch.target_ids)
         if share is not None:
             with stage("learn"):
-                (out.loss * share).backward()
+                out.loss.backward(torch.full_like(out.loss, share))
         return WindowResult(out.loss.detach(), out.num_correct, out.state.detach(), out.health)
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.adamw import AdamWOptions
+from kernels.addresses import AddressTable
 
 # From a parameter to the half-precision copies that an update keeps up to date, and a call that says it did.
 Copies = Callable[[], tuple[dict[Tensor, Tensor], Callable[[], None]]]
@@ -39,7 +40,7 @@ class FusedAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._copies = copies
-        self._tables: dict[tuple[int, bool], Any] = {}  # by group, and whether for a recorded step
+        self._tables: dict[int, tuple[list[Tensor], AddressTable]] = {}  # by group, with its parameters
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -57,7 +58,6 @@ class FusedAdamW(torch.optim.Optimizer):
             factor = torch.ones((), device=device) if self.grad_factor is None else self.grad_factor
             lr = group["lr"] if isinstance(group["lr"], Tensor) else torch.full((), group["lr"], device=device)
             steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, [1.0 - skip] * len(steps))  # a list: a single tensor would be read by the host
             launch_adamw(
                 self._table(index, params),
                 params,
@@ -76,16 +76,13 @@ class FusedAdamW(torch.optim.Optimizer):
 
     def prepare_recording(self) -> None:
         """To be called before a step is recorded as a CUDA graph; at least one plain step has been taken."""
-        from kernels.adamw.fused import AddressTable
-
-        for (index, _), (params, _) in list(self._tables.items()):
-            self._tables[index, True] = (params, AddressTable(params))
+        for _, table in self._tables.values():
+            table.prepare_recording()
 
     def finish_recording(self) -> None:
         """To be called once the step was recorded, before it is replayed."""
-        for (_, is_recorded), (_, table) in self._tables.items():
-            if is_recorded:
-                table.upload()
+        for _, table in self._tables.values():
+            table.finish_recording()
 
     def _state(self, param: Tensor) -> dict[str, Tensor]:
         state = self.state[param]
@@ -94,12 +91,10 @@ class FusedAdamW(torch.optim.Optimizer):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
         return state
 
-    def _table(self, index: int, params: list[Tensor]) -> Any:
-        from kernels.adamw.fused import AddressTable
+    def _table(self, index: int, params: list[Tensor]) -> AddressTable:
+        from kernels.adamw.fused import make_table
 
-        # A recorded step's gradients stay where they are; those of a plain step between its replays lie elsewhere.
-        key = index, params[0].is_cuda and torch.cuda.is_current_stream_capturing()
-        held = self._tables.get(key)
+        held = self._tables.get(index)
         if held is None or len(held[0]) != len(params) or any(a is not b for a, b in zip(held[0], params)):
-            held = self._tables[key] = (params, AddressTable(params))
+            held = self._tables[index] = (params, make_table(params))
         return held[1]

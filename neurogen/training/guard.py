@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from kernels.verdict import NUM_REMEMBERED, History, outlier_limits, verdict_reference
 from neurogen.errors import UserError
 
-NUM_REMEMBERED = 128  # steps, as OLMo 2 takes for the same purpose (arXiv 2501.00656)
-LEAST_FACTOR = 2.0  # of the mean: a long run of very equal steps would otherwise make outliers of harmless ones
+__all__ = ["NUM_REMEMBERED", "Guard"]
 
 
 class Guard:
@@ -24,40 +26,32 @@ class Guard:
 
     def __init__(self, device: torch.device, *, sigma: float | None = None) -> None:
         self.sigma = sigma
-        self._history = torch.zeros(2, NUM_REMEMBERED, dtype=torch.float64, device=device)
-        self._count = torch.zeros((), dtype=torch.int64, device=device)
-        self._streak = torch.zeros((), dtype=torch.int64, device=device)
+        self._history = History(
+            torch.zeros(2, NUM_REMEMBERED, dtype=torch.float64, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+        )
 
-    def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """1.0 if the step of this loss and gradient norm (0-d) is to be skipped, else 0.0, as a 0-d float32."""
-        values = torch.stack([loss.detach().double(), grad_norm.detach().double()])
-        finite = torch.isfinite(values).all()
-        skipped = ~finite
-        if self.sigma is not None:
-            limits = self.limits()
-            skipped = skipped | (values > limits).any()
-            extended = torch.cat([self._history[:, 1:], torch.minimum(values, limits)[:, None]], dim=1)
-            # In place, so that a recorded step finds them where they were.
-            self._history.copy_(torch.where(finite, extended, self._history))
-            self._count.add_(finite)
-        self._streak.copy_(torch.where(skipped, self._streak + 1, torch.zeros_like(self._streak)))
-        return skipped.to(torch.float32)
+    def judge(self, loss: Tensor, grad_norm: Tensor, *, clip_norm: float = math.inf) -> tuple[Tensor, Tensor]:
+        """1.0 if the step of this loss and gradient norm (0-d) is to be skipped, else 0.0; and what its gradients are
+        to be multiplied by for a norm of at most `clip_norm`; both 0-d."""
+        if loss.is_cuda:
+            from kernels.verdict.fused import verdict_fused  # here, because Triton is needed on a GPU alone
+
+            return verdict_fused(loss, grad_norm, self._history, sigma=self.sigma, max_norm=clip_norm)
+        return verdict_reference(loss, grad_norm, self._history, sigma=self.sigma, max_norm=clip_norm)
 
     def limits(self) -> Tensor:
         """`[2]`: the largest loss and gradient norm that the next step may have."""
-        if self.sigma is None:
-            return torch.full_like(self._history[:, 0], torch.inf)
-        mean = self._history.mean(dim=1)
-        limits = torch.maximum(mean + self.sigma * self._history.std(dim=1), LEAST_FACTOR * mean)
-        return torch.where(self._count >= NUM_REMEMBERED, limits, torch.inf)
+        return outlier_limits(self._history, self.sigma)
 
     def num_in_a_row(self) -> int:
         """How many steps up to the last one were skipped in a row; waits for the device."""
-        return int(self._streak)
+        return int(self._history.streak)
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs to judge alike."""
-        return {"history": self._history, "count": self._count, "streak": self._streak}
+        return {"history": self._history.values, "count": self._history.num_steps, "streak": self._history.streak}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Undo `state`. Raises UserError if a tensor is missing or has another shape."""
@@ -65,6 +59,6 @@ class Guard:
         for name, tensor in own.items():
             if name not in tensors or tensors[name].shape != tensor.shape:
                 raise UserError("the checkpoint's record of past losses is incomplete; resume from another checkpoint")
-        self._history, self._count, self._streak = (
-            tensors[name].to(tensor.device, tensor.dtype, copy=True) for name, tensor in own.items()
+        self._history = History(
+            *(tensors[name].to(tensor.device, tensor.dtype, copy=True) for name, tensor in own.items())
         )

@@ -8,7 +8,9 @@ import gc
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from kernels.addresses import AddressTable
 from neurogen.brain import BrainState
 from neurogen.data import Batch
 from neurogen.errors import UserError
@@ -58,8 +60,9 @@ class RecordedUpdate:
         self._versions: list[int] = []
         self._shapes: list[torch.Size] = []
         self._batches: list[Batch] = []
-        self._before: list[BrainState] = []  # what the step reads
-        self._after: list[BrainState] = []  # what it leaves
+        self._states: list[BrainState] = []  # what the step reads and what it leaves
+        self._before: list[BrainState] = []  # what it read
+        self._tables: list[AddressTable] = []  # a part's
         self._read: list[BrainState | None] = []
         self._result: StepResult | None = None
 
@@ -84,13 +87,13 @@ class RecordedUpdate:
                     f"trainer.cuda_graph: a step could not be recorded ({cause.splitlines()[0]}); set it to false"
                 ) from error
         shapes = [batch.input_ids.shape for batch in batches]
-        if shapes != self._shapes or len(known) != len(self._after) or self._current_versions() != self._versions:
+        if shapes != self._shapes or len(known) != len(self._states) or self._current_versions() != self._versions:
             return self._plain(batches, states)
         for own, batch in zip(self._batches, batches):
             _copy_batch(own, batch)
-        for after, state in zip(self._after, known):
-            if after is not state:
-                _copy_state(after, state)
+        for held, state in zip(self._states, known):
+            if held is not state:
+                _copy_state(held, state)
         assert self._graph is not None
         assert self._result is not None
         self._graph.replay()
@@ -117,8 +120,12 @@ class RecordedUpdate:
         device = self.update.precision.device
         self._shapes = [batch.input_ids.shape for batch in batches]
         self._batches = [_own_batch(batch, device) for batch in batches]
-        self._before = [state.clone() for state in states]
-        self._after = [state.clone() for state in states]
+        self._before, self._states = ([_own_state(state) for state in states] for _ in range(2))
+        from kernels.carry.fused import make_table
+
+        self._tables = [make_table(_tensors(state)) for state in states]
+        for index, state in enumerate(states):
+            self._leave(index, state)  # what compiles does so before the recording
         self.update.optimizer.zero_grad()
         # What is collected meanwhile may free device memory, which ends a recording: another step's graph, for example.
         gc.collect()
@@ -133,19 +140,30 @@ class RecordedUpdate:
             if collects:
                 gc.enable()
         self._graph = graph
-        self._result = dataclasses.replace(result, states=list(self._after)) if states else result
+        self._result = dataclasses.replace(result, states=list(self._states)) if states else result
         self._versions = self._current_versions()
 
     def _run_recording(self, graph: torch.cuda.CUDAGraph, batches: Sequence[Batch]) -> StepResult:
         # Other threads, such as the one that reads ahead, go on using the device meanwhile.
         recording = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
-        with self.update.optimizer.recording(), recording:
-            for before, after in zip(self._before, self._after):
-                _copy_state(before, after)
-            result = self.update(self._batches, self._before or [None] * len(batches))
-            for after, state in zip(self._after, result.states):
-                _copy_state(after, state)
+        for table in self._tables:
+            table.prepare_recording()
+        with self.update.recording(), recording:
+            if self._states:
+                result = self.update(self._batches, self._states, leave=self._leave)
+            else:
+                result = self.update(self._batches, [None] * len(batches))
+        for table in self._tables:
+            table.finish_recording()
         return result
+
+    def _leave(self, index: int, state: BrainState) -> BrainState:
+        """Replace a part's state by that at its end, less what is not finite, and keep what it was before."""
+        from kernels.carry.fused import carry_fused  # here, because Triton is needed on a GPU alone
+
+        own, before = self._states[index], self._before[index]
+        carry_fused(self._tables[index], _tensors(before), _tensors(own), _tensors(state))
+        return own
 
 
 class Pace:
@@ -181,7 +199,15 @@ def _copy_batch(own: Batch, batch: Batch) -> None:
     own.document_start.copy_(batch.document_start, non_blocking=True)
 
 
+def _own_state(state: BrainState) -> BrainState:
+    return state.map(lambda x: x.clone(memory_format=torch.contiguous_format))
+
+
+def _tensors(state: BrainState) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in state.tensors().values()]
+
+
 def _copy_state(own: BrainState, state: BrainState) -> None:
-    mine, theirs = own.tensors(), state.tensors()
-    for name, tensor in mine.items():
+    theirs = state.tensors()
+    for name, tensor in own.tensors().items():
         tensor.copy_(theirs[name])

@@ -5,8 +5,9 @@ B lanes, T tokens; the lanes of a batch may be taken in several parts whose grad
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kernels.addresses import AddressTable
 from kernels.linear import weight_gradients_beside
 from neurogen.brain import BrainState
 from neurogen.data import Batch
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
     from neurogen.models import LanguageModel
 
 
-CLIP_EPS = 1e-6  # as torch's own clipping has it
+# From a part's index and its state at the end to the state that the step leaves.
+Leave = Callable[[int, BrainState], BrainState]
 
 
 @dataclass(frozen=True)
@@ -94,24 +97,29 @@ class Update:
         self._params = [param for param in model.parameters() if param.requires_grad]
         # Whose gradients are back-propagated, and read by nobody before that has ended: other ranks' are.
         self._unshared = self._params if world.size == 1 and isinstance(self.learning, BPTT) else []
+        self._norm_table: AddressTable | None = None
 
-    def __call__(self, batches: Sequence[Batch], states: Sequence[BrainState | None]) -> StepResult:
+    def __call__(
+        self, batches: Sequence[Batch], states: Sequence[BrainState | None], *, leave: Leave | None = None
+    ) -> StepResult:
         """Take one step on `batches`, each read from its own state (None: a new one).
 
         Parts are weighted by their number of targets, so the gradient is that of the mean over all targets, however
         the lanes were divided. A step that the guard refuses changes no parameter and no moment; non-finite entries of
-        the state it leaves start again from zero. Nothing waits for the device.
+        the state it leaves start again from zero, which is up to `leave` if it is given. Nothing waits for the device.
         """
         self.optimizer.zero_grad()
-        result = self.backward(batches, states)
+        result = self.backward(batches, states, leave=leave)
         with stage("learn"):
-            skipped = self.guard.judge(result.loss, result.grad_norm)
-            factor = (self.clip_norm / (result.grad_norm + CLIP_EPS)).clamp_max(1.0)
+            skipped, factor = self.guard.judge(result.loss, result.grad_norm, clip_norm=self.clip_norm)
             self.optimizer.step(skip=skipped, grad_factor=factor)
         return dataclasses.replace(result, skipped=skipped)
 
-    def backward(self, batches: Sequence[Batch], states: Sequence[BrainState | None]) -> StepResult:
-        """Everything of a step but the update: gradients are left, not clipped yet, in the parameters."""
+    def backward(
+        self, batches: Sequence[Batch], states: Sequence[BrainState | None], *, leave: Leave | None = None
+    ) -> StepResult:
+        """Everything of a step but the update: gradients are left, not clipped yet, in the parameters, and `skipped`
+        says nothing yet."""
         counts = [count_targets(batch) for batch in batches]
         num_targets = self.world.sum_count(sum(counts))
         losses, correct, ends, healths = [], [], [], []
@@ -124,26 +132,58 @@ class Update:
             with accumulating, weight_gradients_beside(self._unshared):
                 out = self.learning.learn(self._spread, part, state, share=averaged, autocast=self.precision.autocast)
             if share is not None:
-                losses.append(out.loss * share)
+                losses.append(out.loss if share == 1.0 else out.loss * share)
             correct.append(out.num_correct)
-            ends.append(_finite(out.state))
+            ends.append((leave or _finite)(index, out.state))
             healths.append(out.health)
-        loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.precision.device)
+        loss = _sum(losses) if losses else torch.zeros((), device=self.precision.device)
         grad_norm = self._grad_norm()
-        health = {name: torch.stack([each[name].float() for each in healths]).mean() for name in healths[0]}
-        num_correct = torch.stack(correct).sum()
+        health, num_correct = _mean(healths), _sum(correct)
         if self.world.size > 1:
             numbers = [loss, num_correct, *(value / self.world.size for value in health.values())]
             loss, num_correct, *shares = self.world.sum(torch.stack([number.double() for number in numbers])).unbind()
             health = dict(zip(health, shares))
-        skipped = torch.zeros((), device=self.precision.device)
-        return StepResult(loss, num_correct, num_targets, grad_norm, skipped, health, ends)
+        return StepResult(loss, num_correct, num_targets, grad_norm, torch.zeros(()), health, ends)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around the recording of a step as a CUDA graph, which at least one plain step has preceded."""
+        if self._norm_table is not None:
+            self._norm_table.prepare_recording()
+        with self.optimizer.recording():
+            yield
+        if self._norm_table is not None:
+            self._norm_table.finish_recording()
 
     def _grad_norm(self) -> Tensor:
         """The global norm of all gradients."""
         grads = [param.grad for param in self._params if param.grad is not None]
+        if len(grads) == len(self._params) and all(_is_plain(grad) for grad in grads):
+            from kernels.verdict.fused import gradient_norm_fused, make_norm_table
+
+            if self._norm_table is None:
+                self._norm_table = make_norm_table(grads)
+            return gradient_norm_fused(self._norm_table, grads)
         grad_norm = whole(nn.utils.get_total_norm(grads, error_if_nonfinite=False))
         return grad_norm.to(self.precision.device)
+
+
+def _is_plain(grad: Tensor) -> bool:
+    """Whether `kernels.verdict.fused` can read it."""
+    is_whole = grad.is_cuda and type(grad) is Tensor
+    return is_whole and grad.dtype == torch.float32 and grad.is_contiguous() and grad.data_ptr() % 16 == 0
+
+
+def _sum(numbers: list[Tensor]) -> Tensor:
+    return numbers[0] if len(numbers) == 1 else torch.stack(numbers).sum()
+
+
+def _mean(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each metric over the parts."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = torch.stack([torch.stack([value.float() for value in part.values()]) for part in parts])
+    return dict(zip(parts[0], rows.mean(0).unbind()))
 
 
 def split_batch(batch: Batch, num_parts: int) -> list[Batch]:
@@ -176,6 +216,6 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
     return pinned.to(device, non_blocking=True)
 
 
-def _finite(state: BrainState) -> BrainState:
+def _finite(index: int, state: BrainState) -> BrainState:
     """One overflow must not follow a lane through the rest of the run: a state begins at zero, so zero it is again."""
     return state.map(lambda x: x.nan_to_num(0.0, 0.0, 0.0) if x.is_floating_point() else x)

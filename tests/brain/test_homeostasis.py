@@ -5,9 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from kernels.activity import activity_shares_reference, homeostatic_pull
+from kernels.activity.fused import activity_shares_fused
+from kernels.launch import INTERPRETED
 from neurogen import BrainConfig, NeuroGen, UserError
-from neurogen.brain.homeostasis import homeostatic_loss, homeostatic_pull
-from neurogen.brain.regions import Activity
+from neurogen.brain.homeostasis import add_homeostasis
 
 MODES = ("unfused", "naive", "pointer", "preallocated")
 
@@ -22,18 +24,33 @@ def gradients(model: NeuroGen, ids: torch.Tensor) -> tuple[float, dict[str, torc
     }
 
 
-def test_the_pull_is_by_how_much_a_neuron_misses_the_target() -> None:
-    activity = Activity(torch.tensor([0, 2, 10], dtype=torch.int32), torch.zeros(3, dtype=torch.int32), 10)
-    every, half = torch.tensor(10), torch.tensor(5)
-    pull = homeostatic_pull(activity, every, strength=3.0, target=0.2)
-    torch.testing.assert_close(pull, torch.tensor([-0.6, 0.0, 2.4], dtype=torch.float64))
-    torch.testing.assert_close(homeostatic_pull(activity, half, strength=3.0, target=0.2), 2 * pull)
-    bias = torch.randn(3, requires_grad=True)
-    loss = homeostatic_loss({"a": activity}, {"a": bias}, every, strength=3.0, target=0.2)
-    loss.backward()
-    assert float(loss.detach()) == 0.0
-    assert bias.grad is not None
-    torch.testing.assert_close(bias.grad, pull.float())
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+def test_the_pull_is_by_how_much_a_neuron_misses_the_target(backend: str) -> None:
+    device = "cpu" if INTERPRETED else "cuda"
+    fired = torch.tensor([[0, 2, 10], [2, 0, 0]], dtype=torch.int32, device=device)
+    every, half = torch.tensor(10, device=device), torch.tensor(5, device=device)
+    expected = torch.tensor([[-0.6, 0.0, 2.4], [0.0, -0.6, -0.6]], device=device)
+    pull = homeostatic_pull(fired, 10, every, strength=3.0, target=0.2)
+    torch.testing.assert_close(pull, expected.double())
+    torch.testing.assert_close(homeostatic_pull(fired, 10, half, strength=3.0, target=0.2), 2 * pull)
+    for num_targets, factor in ((every, 1.0), (half, 2.0), (0 * half, 10.0)):
+        biases = [torch.randn(3, device=device, requires_grad=True) for _ in fired]
+        own = torch.tensor(1.25, device=device, requires_grad=True)
+        loss = add_homeostasis(own, biases, fired, 10, num_targets, strength=3.0, target=0.2, backend=backend)
+        assert float(loss.detach()) == 1.25
+        loss.backward(torch.tensor(0.5, device=device))
+        assert float(own.grad) == 0.5  # type: ignore[arg-type]
+        for bias, row in zip(biases, expected):
+            assert bias.grad is not None
+            torch.testing.assert_close(bias.grad, 0.5 * factor * row)
+
+
+def test_shares_of_many_neurons_agree() -> None:
+    device = "cpu" if INTERPRETED else "cuda"
+    fired, saturated = torch.randint(0, 9, (2, 3, 70), dtype=torch.int32, device=device)
+    expected = activity_shares_reference(fired, saturated, 8)
+    torch.testing.assert_close(activity_shares_fused(fired, saturated, 8), expected)
+    assert (expected > 0).all()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,7 +51,7 @@ def test_a_step_takes_little_more_than_what_is_counted(rule: str) -> None:
     precision.place(model)
     update = Update(model, build_optimizer(model, AdamWConfig()), clip_norm=1.0, precision=precision)
     ids = torch.randint(8192, (lanes, num_tokens), device="cuda")
-    batch = Batch(ids, ids, torch.zeros_like(ids).bool(), [num_tokens] * lanes)
+    batch = Batch(ids, ids, torch.zeros_like(ids).bool(), np.full(lanes, num_tokens))
     states = [model.init_state(lanes)]
     for _ in range(2):
         states = list(update([batch], states).states)

@@ -5,7 +5,7 @@ import torch
 from fused_checks import relative_error
 
 from kernels.adamw import AdamWOptions, adamw_reference
-from kernels.adamw.fused import AddressTable, launch_adamw
+from kernels.adamw.fused import launch_adamw, make_table
 from kernels.launch import INTERPRETED
 from neurogen.training.adamw import FusedAdamW
 
@@ -34,10 +34,10 @@ def make_parameters(seed=0):
 def test_formula(count, copy_dtype):
     tensors = make_parameters()
     expected = [[x.double() for x in kind] for kind in tensors]
-    steps = [number(count) for _ in SHAPES]
+    steps = [number(count - 1.0) for _ in SHAPES]
     rounded = [None, torch.zeros(SHAPES[1], dtype=copy_dtype, device=DEVICE), None, None]
     launch_adamw(
-        AddressTable(tensors[0]),
+        make_table(tensors[0]),
         *tensors,
         steps,
         rounded,
@@ -54,6 +54,7 @@ def test_formula(count, copy_dtype):
         for x, y in zip(kind, exact):
             assert relative_error(x, y) < 1e-6
     assert torch.equal(rounded[1], tensors[0][1].to(copy_dtype))
+    assert [float(step) for step in steps] == [count] * len(SHAPES)
 
 
 def test_the_reference_is_torchs_adamw():
@@ -78,11 +79,12 @@ def test_the_reference_is_torchs_adamw():
 
 def test_skipping_leaves_everything():
     tensors = make_parameters()
+    steps = [number(1.0) for _ in SHAPES]
     before = [[x.clone() for x in kind] for kind in tensors]
     launch_adamw(
-        AddressTable(tensors[0]),
+        make_table(tensors[0]),
         *tensors,
-        [number(1.0) for _ in SHAPES],
+        steps,
         [None] * len(SHAPES),
         lr=number(1.0),
         grad_scale=number(float("nan")),
@@ -90,6 +92,7 @@ def test_skipping_leaves_everything():
         options=OPTIONS,
     )
     assert all(torch.equal(x, y) for kind, same in zip(tensors, before) for x, y in zip(kind, same))
+    assert [float(step) for step in steps] == [1.0] * len(SHAPES)
 
 
 def test_what_the_launch_would_misread_is_refused():
@@ -97,7 +100,7 @@ def test_what_the_launch_would_misread_is_refused():
     for wrong in (grads[0].double(), grads[0].t(), torch.randn(25, device=DEVICE)[1:].view(3, 8)):
         with pytest.raises(ValueError, match=r"contiguous float32|float64"):
             launch_adamw(
-                AddressTable(params),
+                make_table(params),
                 params,
                 [wrong, *grads[1:]],
                 averages,

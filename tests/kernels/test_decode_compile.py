@@ -11,6 +11,22 @@ ROWS = {
     "correct_ptr": "*i32",
     "ignore_index": "i32",
 }
+COUNT = {
+    "target_ptr": "*i64",
+    "num_targets_ptr": "*i64",
+    "zeroed_ptr": "*i32",
+    "num_rows": "i32",
+    "num_zeroed": "i32",
+    "ignore_index": "i32",
+}
+SUM = {
+    "loss_rows_ptr": "*fp32",
+    "correct_rows_ptr": "*i32",
+    "num_targets_ptr": "*i64",
+    "loss_ptr": "*fp32",
+    "num_correct_ptr": "*i64",
+    "num_rows": "i32",
+}
 SCALE = {"x_ptr": "*fp32", "scale_ptr": "*fp32", "num_elements": "i32"}
 
 
@@ -19,6 +35,8 @@ def test_no_spills():
     cases = [
         CompileCase("kernels.decode.rows", "decode_rows_kernel", ROWS, {**large, "WRITE_GRADIENT": True}, 8),
         CompileCase("kernels.decode.rows", "scale_kernel", SCALE, {"BLOCK": 4096, "PROGRAMS": 1024}, 8),
+        CompileCase("kernels.decode.totals", "count_targets_kernel", COUNT, {"BLOCK": 8192}, 16),
+        CompileCase("kernels.decode.totals", "sum_rows_kernel", SUM, {"BLOCK": 8192}, 16),
     ]
     check_compiled(cases)
 

@@ -3,7 +3,8 @@
 from fused_checks import CompileCase, check_compiled
 
 FORWARD = {
-    "history_ptr": "*i64",
+    "input_ptr": "*i64",
+    "recent_ptr": "*i64",
     "embedding_ptr": "*bf16",
     "taps_ptr": "*fp32",
     "start_ptr": "*i1",
@@ -28,6 +29,15 @@ SUM_RUNS = {
     "vocab_size": "i32",
     "eps": "fp32",
 }
+SORT = {
+    "input_ptr": "*i64",
+    "recent_ptr": "*i64",
+    "sorted_ptr": "*i32",
+    "slot_ptr": "*i64",
+    "num_slots": "i32",
+    "num_sorted": "i32",
+    "num_tokens": "i32",
+}
 JOIN_RUNS = {
     "id_ptr": "*i32",
     "partial_ptr": "*fp32",
@@ -44,6 +54,7 @@ def test_no_spills():
     width = {"D": 1536, "BLOCK_D": 2048}
     cases = [
         CompileCase("kernels.relay.fused", "relay_forward_kernel", FORWARD, {**taps, **width}, 8),
+        CompileCase("kernels.relay.history", "sort_history_kernel", SORT, {"J": 4, "PLACED": 32, "COMPARED": 256}, 4),
         CompileCase("kernels.relay.backward", "relay_sum_runs_kernel", SUM_RUNS, {**taps, **width, "SLOTS": 32}, 8),
         CompileCase(
             "kernels.relay.backward",

@@ -5,7 +5,7 @@ import torch
 from fused_checks import poison_new_memory, relative_error
 from test_relay_reference import make_inputs
 
-from kernels.relay import NO_TOKEN, relay
+from kernels.relay import NO_TOKEN, backward, history, relay
 from kernels.relay.fused import relay_backward, relay_forward
 
 
@@ -89,6 +89,24 @@ def test_id_outside_the_table_shows_as_nan():
     assert x.isnan().all(-1).nonzero().tolist() == [[0, t] for t in range(3, 7)] + [[1, t] for t in range(5, 9)]
 
 
+@pytest.mark.parametrize("most_compared", [0, 8192])
+def test_history_is_sorted_by_id_then_slot(most_compared, monkeypatch):
+    monkeypatch.setattr(history, "_MOST_COMPARED", most_compared)
+    input_ids, _, _, recent_ids, _ = make_inputs(lanes=3, num_tokens=110, vocab_size=40)
+    ids, slots = history.sort_history(input_ids, recent_ids, multiple=8)
+    every = torch.cat([recent_ids, input_ids], 1).reshape(-1)
+    expected = torch.cat([every, torch.full((-len(every) % 8,), NO_TOKEN)]).sort(stable=True)
+    assert torch.equal(ids.long(), expected.values)
+    assert torch.equal(slots, expected.indices)
+
+
+def test_many_slots_of_a_program(monkeypatch):
+    monkeypatch.setattr(backward, "_NUM_PROGRAMS", 2)
+    inputs = make_inputs(lanes=2, num_tokens=50, vocab_size=9, starts=0.1)
+    assert backward.slots_of_a_program(2 * 53) == 32
+    check(inputs)
+
+
 def test_same_bits_twice():
     inputs = make_inputs(lanes=2, num_tokens=20, vocab_size=3)
     grad_x = torch.randn(2, 20, 5)
@@ -98,11 +116,10 @@ def test_same_bits_twice():
 
 def test_operators_are_well_formed():
     input_ids, embedding, taps, recent_ids, document_start = make_inputs(num_tokens=3, dtype=torch.float32)
-    history = torch.cat([recent_ids, input_ids], dim=1)
     embedding.requires_grad_()
-    torch.library.opcheck(relay_forward, (history, embedding, taps, document_start, 1e-6, torch.float32))
+    torch.library.opcheck(relay_forward, (input_ids, recent_ids, embedding, taps, document_start, 1e-6, torch.float32))
     torch.library.opcheck(
-        relay_backward, (torch.randn(3, 3, 5), history, embedding.detach(), taps, document_start, 1e-6)
+        relay_backward, (torch.randn(3, 3, 5), input_ids, recent_ids, embedding.detach(), taps, document_start, 1e-6)
     )
 
 

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def judge(guard: Guard, loss: float, norm: float) -> bool:
-    return bool(guard.judge(torch.tensor(loss), torch.tensor(norm)))
+    return bool(guard.judge(torch.tensor(loss), torch.tensor(norm))[0])
 
 
 def test_outliers_are_those_of_the_definition() -> None:
@@ -214,10 +214,10 @@ def test_a_dry_run_finds_out_before_the_first_step_and_leaves_no_trace(
 
     backward = Update.backward
 
-    def small(self: Update, batches: Any, states: Any) -> Any:
+    def small(self: Update, batches: Any, states: Any, **options: Any) -> Any:
         if batches[0].input_ids.shape[0] > 2:
             raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
-        return backward(self, batches, states)
+        return backward(self, batches, states, **options)
 
     monkeypatch.setattr(Update, "backward", small)
     with pytest.raises(UserError, match=r"does not fit into memory \(tried.*; trainer.accumulation=2 fits"):
@@ -262,7 +262,7 @@ def test_judging_and_skipping_read_nothing() -> None:
     before = model.weight.detach().clone()
     with NoReading():
         model(torch.ones(2, 3)).sum().backward()
-        optimizer.step(skip=guard.judge(torch.tensor(math.nan), torch.tensor(1.0)))
+        optimizer.step(skip=guard.judge(torch.tensor(math.nan), torch.tensor(1.0))[0])
     assert torch.equal(model.weight, before)
     with pytest.raises(AssertionError, match="the host read"), NoReading():
         float(torch.ones(()))
