@@ -25,7 +25,7 @@ class AddressTable:
         assert not _recording(device), "a recorded launch needs a table made before"
         pairs = [(i, k) for i, size in enumerate(sizes) for k in range(-(-size // part))]
         # [programs, 2] int32: which row, and which part of its tensors.
-        self.blocks = torch.tensor(pairs, dtype=torch.int32).view(-1, 2).to(device)
+        self.blocks = _sent(torch.tensor(pairs, dtype=torch.int32).view(-1, 2), device)
         self._shape = (len(sizes), num_columns)
         self._device = device
         self._plain = _Table(self._new())
@@ -63,9 +63,13 @@ class _Table:
     def upload(self) -> None:
         """Send the rows, if the device does not have them."""
         if self.rows != self._uploaded:
-            rows = torch.tensor(self.rows, dtype=torch.int64)
-            self.tensor.copy_(rows.pin_memory() if self.tensor.is_cuda else rows, non_blocking=True)
+            self.tensor.copy_(_sent(torch.tensor(self.rows, dtype=torch.int64), self.tensor.device))
             self._uploaded = self.rows
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device, which the host does not wait for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _recording(device: torch.device) -> bool:
