@@ -271,7 +271,9 @@ def cortex_backward_one_lane_kernel(
     w11 = (w11.to(tl.float32) * tl.sqrt(1.0 - tl.load(decays + (C // 2 + 8)))).to(operand)
     # One load, not four joined: Triton takes a join among what makes a factor for packed narrow numbers, and moves it.
     half = tl.arange(0, 2)
-    alpha = tl.load(decay + first_neuron + row[:, None, None] + (half * (C // 2))[None, :, None] + (half * 8)[None, None])
+    alpha = tl.load(
+        decay + first_neuron + row[:, None, None] + (half * (C // 2))[None, :, None] + (half * 8)[None, None]
+    )
     gain = tl.sqrt(1.0 - alpha)
     reset = alpha * THRESHOLD
 
