@@ -8,6 +8,7 @@ from torch import Tensor
 import kernels.launch  # noqa: F401  first: it chooses the interpreter
 from kernels.cortex.parameter_gradient import ROWS_FINISHED, finish_kernel, slice_kernel
 from kernels.cortex.scan import cortex_backward_kernel, cortex_forward_kernel
+from kernels.cortex.scan_one_lane import cortex_backward_one_lane_kernel, cortex_forward_one_lane_kernel
 from kernels.launch import INTERPRETED
 
 LANES_PER_TILE = 8
@@ -46,11 +47,26 @@ SLICE_CONFIGS = {
     (False, 128): SliceConfig(32, 8),
 }
 MIN_ROWS_PER_SLICE = 256
+ONE_LANE_WIDTHS = (64, 128)  # neurons a column; a warp of `scan_one_lane` has 32 and a product takes no fewer than 16
 
 
 def reloads_weights(is_half: bool, column_width: int) -> bool:
     """Whether a program of the scan has too few registers to hold its column's lateral weights."""
     return not is_half and column_width == 128
+
+
+def runs_one_lane(drive: Tensor, num_columns: int) -> bool:
+    """Whether a program of the scan runs one lane: where that gives no multiprocessor two programs.
+
+    In float32 only in the interpreter: without tensor cores the products are long and not a chain.
+    """
+    num_lanes, _, width = drive.shape
+    is_taken = drive.dtype != torch.float32 or INTERPRETED
+    return is_taken and width // num_columns in ONE_LANE_WIDTHS and num_lanes * num_columns <= _num_processors(drive)
+
+
+def _num_processors(drive: Tensor) -> int:
+    return 2 if INTERPRETED else torch.cuda.get_device_properties(drive.device).multi_processor_count
 
 
 def _ceil_div(n: int, divisor: int) -> int:
@@ -73,16 +89,20 @@ def _constants(
     adaptation_strength: float,
     adaptation_decay: float,
 ) -> dict[str, Any]:
-    column_width = lateral_weight.shape[1]
+    num_columns, column_width, _ = lateral_weight.shape
     is_half = drive.dtype != torch.float32
-    return {
+    constants = {
         "C": column_width,
-        "L": LANES_PER_TILE,
         "CEILING": ceiling,
         "THRESHOLD": threshold,
         "ADAPTATION_STRENGTH": adaptation_strength,
         "ADAPTATION_DECAY": adaptation_decay,
         "HAS_START": document_start is not None,
+    }
+    if runs_one_lane(drive, num_columns):
+        return constants | {"num_warps": column_width // 32}
+    return constants | {
+        "L": LANES_PER_TILE,
         "RELOAD": reloads_weights(is_half, column_width),
         **SCAN_CONFIGS[is_half, column_width]._asdict(),
     }
@@ -107,14 +127,16 @@ def launch_forward(
     from which backward has everything: its derivative, the spikes, and with them the voltage."""
     num_lanes, num_tokens, width = drive.shape
     num_columns = lateral_weight.shape[0]
-    num_tiles = _ceil_div(num_lanes, LANES_PER_TILE)
+    one_lane = runs_one_lane(drive, num_columns)
+    num_tiles = num_lanes if one_lane else _ceil_div(num_lanes, LANES_PER_TILE)
     spikes = torch.empty(drive.shape, dtype=drive.dtype, device=drive.device)
     excess = torch.empty(drive.shape if save else (0,), dtype=drive.dtype, device=drive.device)
     voltage, adaptation, last_spikes = (torch.empty_like(initial_voltage) for _ in range(3))
     counts = torch.empty((num_tiles, 2, width), dtype=torch.int32, device=drive.device)
     if num_lanes > 0:
         start, *start_strides = _starts(document_start, drive)
-        cortex_forward_kernel[(num_columns, num_tiles)](
+        kernel = cortex_forward_one_lane_kernel if one_lane else cortex_forward_kernel
+        kernel[(num_columns, num_tiles)](
             drive,
             lateral_weight,
             decay,
@@ -176,14 +198,16 @@ def launch_backward(
         nothing = torch.zeros_like(decay)
         return torch.zeros_like(lateral_weight), nothing, nothing.clone(), d_voltage, d_adaptation, d_spikes
 
-    num_tiles = _ceil_div(num_lanes, LANES_PER_TILE)
+    one_lane = runs_one_lane(drive, num_columns)
+    num_tiles = num_lanes if one_lane else _ceil_div(num_lanes, LANES_PER_TILE)
     start, *start_strides = _starts(document_start, drive)
     constants = _constants(
         drive, lateral_weight, document_start, ceiling, threshold, adaptation_strength, adaptation_decay
     )
     d_voltage, d_adaptation, d_spikes = (torch.empty_like(initial_voltage) for _ in range(3))
     leak_sums = torch.empty((num_tiles, width), device=drive.device)
-    cortex_backward_kernel[(num_columns, num_tiles)](
+    kernel = cortex_backward_one_lane_kernel if one_lane else cortex_backward_kernel
+    kernel[(num_columns, num_tiles)](
         grad_spikes,
         excess,
         lateral_weight,
@@ -261,6 +285,5 @@ def launch_backward(
 def _rows_per_slice(drive: Tensor, num_columns: int, rows: int) -> int:
     """Enough slices to give every multiprocessor a program, none smaller than MIN_ROWS_PER_SLICE."""
     num_rows = drive.shape[0] * drive.shape[1]
-    num_processors = 2 if INTERPRETED else torch.cuda.get_device_properties(drive.device).multi_processor_count
-    num_slices = max(1, num_processors // num_columns)
+    num_slices = max(1, _num_processors(drive) // num_columns)
     return _ceil_div(max(_ceil_div(num_rows, num_slices), MIN_ROWS_PER_SLICE), rows) * rows

@@ -1,19 +1,45 @@
 """The memory's kernel launches: tensors, strides and block sizes of one call."""
 
 import kernels.launch  # noqa: F401, I001  before triton
+from functools import lru_cache
+
 import torch
 import triton
 from torch import Tensor
 
+from kernels.launch import INTERPRETED
 from kernels.memory.chunk_backward import memory_state_gradient_kernel
 from kernels.memory.chunk_forward import memory_forward_kernel, triangular_inverse_kernel
 from kernels.memory.chunk_gradient import memory_gradient_kernel
-from kernels.memory.launch_table import LaunchTable
+from kernels.memory.chunk_parallel import (
+    memory_chunk_output_kernel,
+    memory_chunk_sum_kernel,
+    memory_chunk_walk_kernel,
+)
+from kernels.memory.launch_table import Launch, LaunchTable, ParallelTable, parallel_table
+
+PARALLEL = True  # whether chunks of few streams run in parallel; off to compare
 
 
 def row_readable(x: Tensor) -> Tensor:
     """x itself if its last dimension is contiguous and offsets within a chunk fit in 32 bits; otherwise a copy."""
     return x if x.stride(-1) == 1 and x.stride(1) < 2**24 else x.contiguous()
+
+
+@lru_cache
+def _properties(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in the stubs
+    return properties.multi_processor_count, shared
+
+
+def _num_processors(x: Tensor) -> int:
+    return 2 if INTERPRETED else _properties(x.device.index or 0)[0]
+
+
+def has_large_shared(x: Tensor) -> bool:
+    """Whether a block on the tensor's device may take the 227 KB of shared memory of an H100 or H200."""
+    return INTERPRETED or _properties(x.device.index or 0)[1] >= 227 * 1024
 
 
 class Call:
@@ -41,9 +67,26 @@ class Call:
 
     @property
     def num_walks(self) -> int:
-        """Programs of the two walks over chunks of the backward pass."""
+        """Programs of the backward pass's two walks over chunks, or what stands for them."""
+        if self.is_parallel:
+            return 2 * self.num_streams * self.num_chunks
         tiles = (self.table.recompute.tile, self.table.state_gradient.tile)
         return sum(self.num_streams * (self.width // tile) for tile in tiles)
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether chunks run in parallel: walks would leave half of the multiprocessors or more without a program."""
+        is_taken = not self.delta and (INTERPRETED or self.value.dtype != torch.float32)
+        # Whatever the number of tokens: a step has as many launches for long sequences as for short ones.
+        return PARALLEL and is_taken and 2 * self.num_streams <= _num_processors(self.value)
+
+    def _parallel_table(self) -> ParallelTable:
+        return parallel_table(self.width, large_shared=has_large_shared(self.value))
+
+    def _gradient_launch(self) -> Launch:
+        launch = self._parallel_table().gradient if self.is_parallel else None
+        is_alone = self.num_streams * self.num_chunks <= _num_processors(self.value)
+        return launch if launch is not None and is_alone else self.table.gradient
 
     def _given(self, x: Tensor | None) -> Tensor:
         return self.absent if x is None else x
@@ -97,6 +140,9 @@ class Call:
         writes: Tensor | None = None,
     ) -> None:
         """Fill output and final_state, or states and writes."""
+        if self.is_parallel:
+            self._forward_in_parallel(state, output, final_state, states)
+            return
         launch = self.table.forward if states is None else self.table.recompute
         memory_forward_kernel[(self.num_streams, self.width // launch.tile)](
             self.query,
@@ -148,6 +194,9 @@ class Call:
             dtype=torch.float32,
             device=self.value.device,
         )
+        if self.is_parallel:
+            self._walk_sums(self.query, output_grad, final_state_grad, state_grads, state_grad, backward=True)
+            return state_grad
         memory_state_gradient_kernel[(self.num_streams, self.width // launch.tile)](
             self.query,
             self.key,
@@ -177,6 +226,87 @@ class Call:
         )
         return state_grad
 
+    def _forward_in_parallel(
+        self, state: Tensor, output: Tensor | None, final_state: Tensor | None, states: Tensor | None
+    ) -> None:
+        if states is None:
+            states = self.value.new_empty(self.num_streams, self.num_chunks, self.width, self.width)
+        self._walk_sums(self.key, self.value, state, states, final_state, backward=False)
+        if output is not None:
+            self._outputs(states, output)
+
+    def _walk_sums(
+        self,
+        left: Tensor,
+        right: Tensor,
+        state: Tensor | None,
+        states: Tensor,
+        final_state: Tensor | None,
+        *,
+        backward: bool,
+    ) -> None:
+        """Fill states with those before every chunk, or, backward, with the gradients of those after it."""
+        table = self._parallel_table()
+        sums = torch.empty(states.shape, dtype=torch.float32, device=states.device)
+        carries = torch.empty(states.shape[:2], dtype=torch.float32, device=states.device)
+        memory_chunk_sum_kernel[(self.num_streams * self.num_chunks, self.width // table.sum.tile)](
+            left,
+            right,
+            self.forget,
+            self._given(self.start),
+            sums,
+            carries,
+            *self._strides(left),
+            *self._strides(right),
+            *self._strides(self.forget),
+            *self._start_strides(),
+            self.num_tokens,
+            self.num_heads,
+            self.eps,
+            **self._common(),
+            TILE=table.sum.tile,
+            TO_END=not backward,
+            **table.sum.options(),
+        )
+        if final_state is None:  # not asked for, and needs somewhere to go
+            final_state = torch.empty(self.num_streams, *states.shape[2:], dtype=torch.float32, device=states.device)
+        memory_chunk_walk_kernel[(self.num_streams, self.width**2 // table.walk.tile)](
+            sums,
+            carries,
+            self._given(state),
+            states,
+            final_state,
+            self.num_chunks,
+            SIZE=self.width**2,
+            BLOCK=table.walk.tile,
+            BACKWARD=backward,
+            HAS_STATE=state is not None,
+            **table.walk.options(),
+        )
+
+    def _outputs(self, states: Tensor, output: Tensor) -> None:
+        launch = self._parallel_table().output
+        memory_chunk_output_kernel[(self.num_streams * self.num_chunks, self.width // launch.tile)](
+            self.query,
+            self.key,
+            self.value,
+            self.forget,
+            self._given(self.start),
+            states,
+            output,
+            *self._strides(self.query),
+            *self._strides(self.key),
+            *self._strides(self.value),
+            *self._strides(self.forget),
+            *self._start_strides(),
+            self.num_tokens,
+            self.num_heads,
+            self.eps,
+            **self._common(),
+            TILE=launch.tile,
+            **launch.options(),
+        )
+
     def gradient(
         self,
         states: Tensor,
@@ -187,7 +317,7 @@ class Call:
         out: tuple[Tensor, Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Fill out with the gradients of query, key and value; returns those of forget_logit and write_logit."""
-        launch = self.table.gradient
+        launch = self._gradient_launch()
         output_grad = row_readable(output_grad)
         device = self.value.device
         forget_grad = torch.empty(self.forget.shape, dtype=self.forget.dtype, device=device)

@@ -5,15 +5,13 @@ kept for the backward pass but the arguments and, for the delta rule, one L x L 
 """
 
 import kernels.launch  # noqa: F401, I001  before triton
-from functools import lru_cache
-
 import torch
 import triton
 from torch import Tensor
 
 from kernels.alongside import alongside
-from kernels.launch import INTERPRETED, check_launchable
-from kernels.memory.call import Call, row_readable
+from kernels.launch import check_launchable
+from kernels.memory.call import Call, has_large_shared, row_readable
 from kernels.memory.launch_table import LaunchTable, launch_table
 from kernels.memory.reference import RULES
 
@@ -219,13 +217,7 @@ def _differentiate(ctx, output_grad, final_state_grad, _):
 memory_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-@lru_cache
-def _has_large_shared(index: int) -> bool:
-    properties = torch.cuda.get_device_properties(index)
-    return properties.shared_memory_per_block_optin >= 227 * 1024  # type: ignore[attr-defined]  # not in the stubs
-
-
 def _table(value: Tensor, write_logit: Tensor | None) -> LaunchTable:
-    large_shared = INTERPRETED or _has_large_shared(value.device.index or 0)
+    large_shared = has_large_shared(value)
     width = int(value.shape[-1])  # a graph with symbolic shapes is specialised to the head width
     return launch_table(value.dtype, width, delta=write_logit is not None, large_shared=large_shared)

@@ -33,6 +33,26 @@ class LaunchTable(NamedTuple):
     inverse: Launch = Launch(16, 4, 1)  # its tile is unused
 
 
+class ParallelTable(NamedTuple):
+    """Launches for few lanes, where every chunk runs in parallel (`chunk_parallel`)."""
+
+    sum: Launch
+    output: Launch
+    walk: Launch  # its tile is elements of a state
+    gradient: Launch | None  # where there are fewer chunks than multiprocessors; None is that of `LaunchTable`
+
+
+def parallel_table(width: int, *, large_shared: bool) -> ParallelTable:
+    """The launches for a head width of 16, 32, 64 or 128; chosen by what the compiler makes of each, not timed.
+
+    A program has a multiprocessor to itself, so eight warps share what four would do one after the other.
+    """
+    launch = Launch(width, 8 if width >= 64 else 4, 1)
+    # Four numbers a thread: a load of float32 and a store of bfloat16 then have one layout.
+    walk = Launch(min(width * width, 512), 4, 1)
+    return ParallelTable(launch, launch, walk, launch if width >= 64 and large_shared else None)
+
+
 def launch_table(dtype: torch.dtype, width: int, *, delta: bool, large_shared: bool) -> LaunchTable:
     """The launches for float32 or bfloat16 storage and a head width of 16, 32, 64 or 128.
 

@@ -49,6 +49,10 @@ def check(arguments, cotangents, **options):
         ((2, 4, 1, 64), 0.3, "graded"),
         ((1, 3, 1, 128), 0.3, "graded"),
         ((1, 2, 1, 128), 0.0, "binary"),
+        ((1, 1, 1, 128), 0.0, "graded"),
+        ((1, 6, 2, 64), 0.3, "binary"),
+        ((3, 2, 1, 64), 0.3, "graded"),  # wide columns with more programs than multiprocessors: eight lanes a program
+        ((3, 2, 1, 128), 0.3, "binary"),
     ],
 )
 def test_against_the_reference(shape, start_rate, kind):
@@ -59,10 +63,11 @@ def test_against_the_reference(shape, start_rate, kind):
     assert out.num_fired.dtype == torch.int32
 
 
-def test_other_constants_saturation_and_a_reset_at_the_first_token():
-    arguments, cotangents = random_arguments(3, 6, 1, 16, seed=6)
-    start = torch.zeros(3, 6, dtype=torch.bool)
-    start[0, 0] = start[1, 3] = start[2, 5] = True
+@pytest.mark.parametrize(("lanes", "width"), [(3, 16), (2, 64)])
+def test_other_constants_saturation_and_a_reset_at_the_first_token(lanes, width):
+    arguments, cotangents = random_arguments(lanes, 6, 1, width, seed=6)
+    start = torch.zeros(lanes, 6, dtype=torch.bool)
+    start[0, 0] = start[1, 3] = start[-1, 5] = True
     arguments = arguments._replace(drive=4.0 * arguments.drive, document_start=start)
     options = {"threshold": 0.3, "adaptation_strength": 0.7, "adaptation_decay": 0.0}
     (out, _), (expected, _) = check(arguments, cotangents, **options)
@@ -70,8 +75,9 @@ def test_other_constants_saturation_and_a_reset_at_the_first_token():
     assert out.num_saturated.sum() > 0
 
 
-def test_half_precision_storage():
-    arguments, cotangents = random_arguments(3, 12, 2, 16, dtype=torch.float16, seed=7)
+@pytest.mark.parametrize("shape", [(3, 12, 2, 16), (1, 12, 1, 64)])
+def test_half_precision_storage(shape):
+    arguments, cotangents = random_arguments(*shape, dtype=torch.float16, seed=7)
     (out, grads), _ = check(arguments, cotangents)
     assert out.spikes.dtype == grads["drive"].dtype == torch.float16
     assert out.state.voltage.dtype == grads["decay"].dtype == torch.float32
@@ -84,8 +90,9 @@ def test_half_precision_weights_get_half_precision_gradients():
     assert grads["lateral_weight"].dtype == torch.float16
 
 
-def test_a_split_changes_nothing():
-    arguments, cotangents = random_arguments(2, 7, 1, 16, start_rate=0.2, seed=9)
+@pytest.mark.parametrize("width", [16, 64])
+def test_a_split_changes_nothing(width):
+    arguments, cotangents = random_arguments(2, 7, 1, width, start_rate=0.2, seed=9)
     whole = run(leaves(arguments), cotangents, backend="fused")
     pieces = leaves(arguments)
     state, spikes = pieces.state, []
@@ -113,8 +120,9 @@ def test_no_tokens_or_no_lanes(lanes, tokens):
     assert not grads["decay"].any()
 
 
-def test_strides_of_the_drive_and_of_its_gradient_do_not_matter():
-    arguments, _ = random_arguments(2, 5, 1, 16, seed=10)
+@pytest.mark.parametrize("width", [16, 64])
+def test_strides_of_the_drive_and_of_its_gradient_do_not_matter(width):
+    arguments, _ = random_arguments(2, 5, 1, width, seed=10)
     expected = cortex(*arguments[:4], backend="fused").spikes
     for drive in (arguments.drive.contiguous(), arguments.drive.transpose(1, 2).contiguous().transpose(1, 2)):
         assert torch.equal(cortex(drive, *arguments[1:4], backend="fused").spikes, expected)
@@ -135,6 +143,16 @@ def test_nothing_is_kept_for_backward_without_gradients(monkeypatch):
         cortex(*leaves(arguments)[:4], backend="fused")
     cortex(*leaves(arguments)[:4], backend="fused")
     assert sizes == [0, 0, 48]
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_what_is_kept_for_backward_does_not_change_the_rest(width):
+    arguments, _ = random_arguments(2, 4, 1, width, start_rate=0.3, seed=15)
+    kept = cortex(*leaves(arguments), backend="fused")
+    with torch.no_grad():
+        alone = cortex(*arguments, backend="fused")
+    for x, y in zip((kept.spikes, *kept.state, *kept[2:]), (alone.spikes, *alone.state, *alone[2:]), strict=True):
+        assert torch.equal(x, y)
 
 
 def test_custom_operators():
@@ -228,6 +246,12 @@ GRID = [
     (33, 1, 2, 128, 0.5),
     (64, 1, 1, 16, 0.0),
     (1, 500, 2, 128, 0.0),
+    (1, 1, 12, 128, 0.0),
+    (1, 500, 12, 128, 0.01),
+    (1, 500, 8, 64, 0.01),
+    (2, 3, 2, 64, 0.5),
+    (11, 65, 12, 128, 0.05),  # as many programs as an H200 has multiprocessors, and more: one lane and eight a program
+    (12, 65, 12, 128, 0.05),
     (5, 37, 3, 16, 0.1),
     (9, 129, 3, 32, 0.1),
     (33, 65, 3, 64, 0.05),

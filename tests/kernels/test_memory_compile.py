@@ -10,25 +10,36 @@ import pytest
 PROGRAM = """
 import inspect, json, sys
 import torch
-from kernels.memory import chunk_backward, chunk_forward, chunk_gradient
-from kernels.memory.launch_table import launch_table
+from kernels.memory import chunk_backward, chunk_forward, chunk_gradient, chunk_parallel
+from kernels.memory.launch_table import launch_table, parallel_table
 from kernels.offline import compile_kernel
 
-FLOAT32 = ("state_ptr", "final_state_ptr", "final_state_grad_ptr", "state_grad_ptr")
+FLOAT32 = ("state_ptr", "final_state_ptr", "final_state_grad_ptr", "state_grad_ptr", "sums_ptr", "carries_ptr")
+TENSORS = ("query", "key", "value", "output", "input", "left", "right")
 KERNELS = {
     "inverse": chunk_forward.triangular_inverse_kernel,
     "forward": chunk_forward.memory_forward_kernel,
     "recompute": chunk_forward.memory_forward_kernel,
     "state_gradient": chunk_backward.memory_state_gradient_kernel,
     "gradient": chunk_gradient.memory_gradient_kernel,
+    "parallel_sum": chunk_parallel.memory_chunk_sum_kernel,
+    "parallel_walk": chunk_parallel.memory_chunk_walk_kernel,
+    "parallel_output": chunk_parallel.memory_chunk_output_kernel,
+    "parallel_gradient": chunk_gradient.memory_gradient_kernel,
 }
 
 
 def resources(name, capability, dtype, width, delta):
     table = launch_table(dtype, width, delta=delta, large_shared=capability == 90)
-    kernel, launch = KERNELS[name], getattr(table, name)
+    if name.startswith("parallel_"):
+        parallel = parallel_table(width, large_shared=capability == 90)
+        kernel, launch = KERNELS[name], getattr(parallel, name.removeprefix("parallel_")) or table.gradient
+    else:
+        kernel, launch = KERNELS[name], getattr(table, name)
     constants = {"WIDTH": width, "LENGTH": table.length, "HAS_STARTS": True}
-    if name == "inverse":
+    if name == "parallel_walk":
+        constants = {"SIZE": width * width, "BLOCK": launch.tile, "BACKWARD": True, "HAS_STATE": True}
+    elif name == "inverse":
         constants["LEVELS"] = table.length.bit_length() - 1
         constants["PRECISION"] = "ieee" if dtype == torch.float32 else "tf32"
     else:
@@ -37,6 +48,10 @@ def resources(name, capability, dtype, width, delta):
         constants["RECOMPUTE"] = name == "recompute"
     if name == "state_gradient":
         constants["HAS_STATE_GRAD"] = True
+    if name == "parallel_sum":
+        constants["TO_END"] = True
+    if name in ("parallel_sum", "parallel_output"):
+        del constants["DELTA"]
     pointer = "*fp32" if dtype == torch.float32 else "*bf16"
     signature, aligned = {}, []
     for argument in inspect.signature(kernel.fn).parameters:
@@ -46,7 +61,7 @@ def resources(name, capability, dtype, width, delta):
             signature[argument] = "*i8" if argument == "start_ptr" else "*fp32" if argument in FLOAT32 else pointer
         else:
             signature[argument] = "fp32" if argument == "eps" else "i32"
-            if "stride" in argument and argument.split("_")[0] in ("query", "key", "value", "output", "input"):
+            if "stride" in argument and argument.split("_")[0] in TENSORS:
                 aligned.append(argument)
     used, code = compile_kernel(
         kernel,
@@ -77,6 +92,7 @@ STACK_ALLOWED = {
     ("state_gradient", 90, "bfloat16", 128, False): 160,
     ("state_gradient", 90, "bfloat16", 128, True): 384,
     ("gradient", 90, "bfloat16", 64, False): 256,
+    ("parallel_gradient", 90, "bfloat16", 128, False): 64,
     ("gradient", 90, "bfloat16", 128, False): 384,
     ("gradient", 90, "bfloat16", 128, True): 512,
 }
@@ -95,7 +111,7 @@ def check(cases: list[Case]) -> None:
         assert stack <= STACK_ALLOWED.get(case, 16), (case, stack)
         if dtype == "bfloat16" and width >= 64:
             assert num_wide_loads > 0, case
-            assert num_wgmma > 0 or capability != 90 or name == "inverse", case
+            assert num_wgmma > 0 or capability != 90 or name in ("inverse", "parallel_walk"), case
 
 
 def test_widest_heads_do_not_spill() -> None:
@@ -105,6 +121,10 @@ def test_widest_heads_do_not_spill() -> None:
             ("gradient", 90, "bfloat16", 128, False),
             ("state_gradient", 90, "bfloat16", 128, True),
             ("recompute", 89, "bfloat16", 128, True),
+            ("parallel_sum", 90, "bfloat16", 128, False),
+            ("parallel_walk", 90, "bfloat16", 128, False),
+            ("parallel_output", 90, "bfloat16", 128, False),
+            ("parallel_gradient", 90, "bfloat16", 128, False),
         ]
     )
 
@@ -116,4 +136,6 @@ def test_widest_heads_do_not_spill() -> None:
 @pytest.mark.parametrize("capability", [89, 90])
 def test_whole_table(capability: int, dtype: str, width: int, delta: bool) -> None:
     names = ["forward", "recompute", "state_gradient", "gradient"] + ["inverse"] * delta
+    if dtype == "bfloat16" and not delta:
+        names += ["parallel_sum", "parallel_walk", "parallel_output", "parallel_gradient"]
     check([(name, capability, dtype, width, delta) for name in names])

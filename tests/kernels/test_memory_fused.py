@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from kernels.launch import INTERPRETED
-from kernels.memory import RULES, memory
+from kernels.memory import RULES, call, memory
 from kernels.memory.fused import memory_backward, memory_backward_into, memory_forward
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -116,7 +116,7 @@ def check(
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     ("num_lanes", "num_tokens", "num_heads", "width"),
-    [(1, 1, 1, 16), (2, 16, 1, 16), (2, 37, 2, 16), (1, 33, 1, 32), (1, 20, 1, 64)],
+    [(1, 1, 1, 16), (2, 16, 1, 16), (2, 37, 2, 16), (2, 33, 1, 32), (1, 33, 1, 32), (1, 20, 1, 64), (1, 100, 1, 16)],
 )
 def test_agrees_with_float64(rule: str, num_lanes: int, num_tokens: int, num_heads: int, width: int) -> None:
     arguments = draw(rule, num_lanes, num_tokens, num_heads, width)
@@ -125,13 +125,25 @@ def test_agrees_with_float64(rule: str, num_lanes: int, num_tokens: int, num_hea
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_agrees_at_the_widest_head(rule: str) -> None:
-    check(draw(rule, 1, 18, 1, 128), draw_starts(1, 18), rule=rule)
+@pytest.mark.parametrize("num_lanes", [1, 2])
+def test_agrees_at_the_widest_head(rule: str, num_lanes: int) -> None:
+    check(draw(rule, num_lanes, 18, 1, 128), draw_starts(num_lanes, 18), rule=rule)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_final_state_without_a_gradient(rule: str) -> None:
-    check(draw(rule, 2, 19, 1, 16), None, rule=rule, with_state_grad=False)
+@pytest.mark.parametrize("num_lanes", [1, 2])
+def test_final_state_without_a_gradient(rule: str, num_lanes: int) -> None:
+    check(draw(rule, num_lanes, 19, 1, 16), None, rule=rule, with_state_grad=False)
+
+
+def test_chunks_in_parallel_agree_with_walks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One stream is few enough for the interpreter's two multiprocessors."""
+    arguments, starts = draw("hebbian", 1, 70, 1, 16), draw_starts(1, 70)
+    parallel = evaluate(arguments, starts, rule="hebbian", backend="fused")
+    monkeypatch.setattr(call, "PARALLEL", False)
+    walked = evaluate(arguments, starts, rule="hebbian", backend="fused")
+    for x, y in zip(parallel[0] + parallel[1], walked[0] + walked[1], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -266,7 +278,8 @@ def test_traces_with_symbolic_shapes(rule: str) -> None:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("width", [16, 32, 64, 128])
 @pytest.mark.parametrize(
-    ("num_lanes", "num_tokens"), [(1, 1), (1, 63), (33, 65), (2, 127), (33, 1000), (1, 4096), (33, 4096)]
+    ("num_lanes", "num_tokens"),
+    [(1, 1), (1, 63), (1, 500), (5, 300), (33, 65), (2, 127), (33, 1000), (1, 4096), (33, 4096)],
 )
 def test_grid_on_a_gpu(rule: str, dtype: torch.dtype, width: int, num_lanes: int, num_tokens: int) -> None:
     num_heads = 2 if num_lanes * num_tokens > 50_000 else 12
