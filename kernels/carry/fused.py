@@ -56,9 +56,10 @@ def carry_kernel(
     whole = tl.load(row + 6) != 0
     first = tl.load(block_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * PART
     last = tl.minimum(first + PART, tl.load(row + 3))
-    # A mask that ends on a multiple of four lets four words be read at once.
+    # A mask that ends on a multiple of four lets four words be read at once. A product says so, not `tl.multiple_of`:
+    # that is believed of `last` in the other branch as well.
     if last % 4 == 0:
-        _carry(p_kept, p_own, p_new, first, tl.multiple_of(last, 4), upper, lower, whole, BLOCK)
+        _carry(p_kept, p_own, p_new, first, last // 4 * 4, upper, lower, whole, BLOCK)
     else:
         _carry(p_kept, p_own, p_new, first, last, upper, lower, whole, BLOCK)
 

@@ -41,9 +41,10 @@ def square_sums_kernel(
     p_grad = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.float32)), 16)
     first = tl.load(block_ptr + 2 * i_program + 1).to(tl.int64) * PART
     last = tl.minimum(first + PART, tl.load(row + 1))
-    # A mask that ends on a multiple of four lets four numbers be read at once.
+    # A mask that ends on a multiple of four lets four numbers be read at once. A product says so, not `tl.multiple_of`:
+    # that is believed of `last` in the other branch as well.
     if last % 4 == 0:
-        total = _sum_of_squares(p_grad, first, tl.multiple_of(last, 4), BLOCK)
+        total = _sum_of_squares(p_grad, first, last // 4 * 4, BLOCK)
     else:
         total = _sum_of_squares(p_grad, first, last, BLOCK)
     tl.store(sum_ptr + i_program, total)

@@ -5,6 +5,7 @@ As a script it reads a JSON list of CompileCase from its input and writes what t
 
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -41,6 +42,21 @@ def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+def amid_nan(x: Tensor) -> Tensor:
+    """A copy that begins on 16 bytes and has NaN before and right after it, in the same block of memory."""
+    block = torch.full((64 + x.numel() + 64,), math.nan, dtype=x.dtype, device=x.device)
+    inside = block[64 : 64 + x.numel()].view(x.shape)
+    inside.copy_(x)
+    assert inside.data_ptr() % 16 == 0
+    return inside
+
+
+def is_amid_nan(inside: Tensor) -> bool:
+    """Whether nothing was written around a tensor that `amid_nan` made."""
+    block = inside._base
+    return bool(block[:64].isnan().all() and block[64 + inside.numel() :].isnan().all())
 
 
 class CompileCase(NamedTuple):

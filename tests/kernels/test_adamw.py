@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fused_checks import relative_error
+from fused_checks import amid_nan, is_amid_nan, relative_error
 
 from kernels.adamw import AdamWOptions, adamw_reference
 from kernels.adamw.fused import launch_adamw, make_table
@@ -55,6 +55,33 @@ def test_formula(count, copy_dtype):
             assert relative_error(x, y) < 1e-6
     assert torch.equal(rounded[1], tensors[0][1].to(copy_dtype))
     assert [float(step) for step in steps] == [count] * len(SHAPES)
+
+
+def test_nothing_beside_the_tensors_is_touched():
+    """The launch reads and writes four numbers at a time only where there are four."""
+    sizes = (1, 2, 3, 5, 1023, 2052)
+    tensors = [[amid_nan(torch.rand(size, device=DEVICE)) for size in sizes] for _ in range(4)]
+    copies = [amid_nan(torch.rand(size, device=DEVICE).half()) for size in sizes]
+    expected = [[x.double().clone() for x in kind] for kind in tensors]
+    launch_adamw(
+        make_table(tensors[0]),
+        *tensors,
+        [number(0.0) for _ in sizes],
+        copies,
+        lr=number(3e-2),
+        grad_scale=number(0.25),
+        skip=number(0.0),
+        options=OPTIONS,
+    )
+    for each in zip(*expected):
+        adamw_reference(*each, torch.tensor(1.0).double(), lr=3e-2, grad_scale=0.25, options=OPTIONS)
+    for kind, exact in zip(tensors, expected):
+        for x, y in zip(kind, exact):
+            assert relative_error(x, y) < 1e-6
+            assert is_amid_nan(x)
+    for copy, param in zip(copies, tensors[0]):
+        assert torch.equal(copy, param.half())
+        assert is_amid_nan(copy)
 
 
 def test_the_reference_is_torchs_adamw():

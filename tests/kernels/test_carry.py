@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from fused_checks import CompileCase, check_compiled
+from fused_checks import CompileCase, amid_nan, check_compiled, is_amid_nan
 
 from kernels.carry import carry_reference
 from kernels.carry.fused import carry_fused, make_table
@@ -41,6 +41,18 @@ def test_what_was_is_kept_and_what_is_finite_goes_on():
     assert any(x.isnan().any() for x in new)
 
 
+def test_nothing_beside_the_tensors_is_written():
+    sizes = (1, 2, 3, 5, 1023)
+    kept, own, new = ([amid_nan(torch.randn(size, device=DEVICE)) for size in sizes] for _ in range(3))
+    before = [x.clone() for x in own]
+    carry_fused(make_table(own), kept, own, new)
+    for x, was, after, had in zip(own, new, kept, before, strict=True):
+        assert torch.equal(x, was)
+        assert torch.equal(after, had)
+        assert is_amid_nan(x)
+        assert is_amid_nan(after)
+
+
 def test_what_the_launch_would_misread_is_refused():
     own = [torch.zeros(4, 4, device=DEVICE)]
     with pytest.raises(ValueError, match="contiguous"):
@@ -51,4 +63,10 @@ def test_what_the_launch_would_misread_is_refused():
 
 def test_compiles_without_spills():
     signature = {"table_ptr": "*i64", "block_ptr": "*i32"}
-    check_compiled([CompileCase("kernels.carry.fused", "carry_kernel", signature, {"BLOCK": 1024, "PART": 4096}, 4)])
+    compiled = check_compiled(
+        [CompileCase("kernels.carry.fused", "carry_kernel", signature, {"BLOCK": 1024, "PART": 4096}, 4)]
+    )
+    # Four words at a time, and one at a time where the last four are not all there.
+    for each in compiled:
+        assert "STG.E.128" in each.machine_code
+        assert "STG.E desc" in each.machine_code or "STG.E [" in each.machine_code

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from fused_checks import CompileCase, check_compiled
+from fused_checks import CompileCase, amid_nan, check_compiled
 
 from kernels.launch import INTERPRETED
 from kernels.verdict import NUM_REMEMBERED, History, fused, verdict_reference
@@ -36,6 +36,13 @@ def test_norm(monkeypatch):
     assert math.isnan(float(fused.gradient_norm_fused(table, grads)))
     with pytest.raises(ValueError, match="contiguous float32"):
         fused.gradient_norm_fused(table, [*grads[:2], grads[2].t(), grads[3]])
+
+
+def test_norm_reads_nothing_beside_the_gradients():
+    grads = [amid_nan(torch.randn(size, device=DEVICE)) for size in (1, 2, 3, 5, 4095, 4097)]
+    expected = torch.cat([grad.double() for grad in grads]).norm()
+    got = fused.gradient_norm_fused(fused.make_norm_table(grads), grads)
+    assert float(got) == pytest.approx(float(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize("sigma", [None, 3.0])
@@ -80,4 +87,6 @@ def test_compiles_without_spills():
             CompileCase(of, "verdict_kernel", verdict, {**constants, "SIGMA": -1.0}, 1),
         ]
     )
+    # Four numbers at a time, and one at a time where the last four are not all there.
     assert "LDGSTS.E.BYPASS.128" in first.machine_code
+    assert "LDGSTS.E [" in first.machine_code

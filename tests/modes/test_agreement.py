@@ -60,9 +60,11 @@ def sequence(case: Case, model: NeuroGen, seed: int) -> tuple[Tensor, Tensor, Te
     return ids, targets, starts, state
 
 
-def run(model: NeuroGen, mode: str, case: Case, seed: int = 4) -> dict[str, Tensor]:
-    """Everything a training step sees: outputs, and gradients of a loss that also weighs the final state."""
-    ids, targets, starts, state = sequence(case, model, seed)
+def run(model: NeuroGen, mode: str, case: Case, seed: int = 4, state: BrainState | None = None) -> dict[str, Tensor]:
+    """Everything a training step sees: outputs, and gradients of a loss that also weighs the final state. The state
+    before is the one given or the sequence's own."""
+    ids, targets, starts, own_state = sequence(case, model, seed)
+    state = own_state if state is None else state
     device = model.device
     model.set_mode(mode)
     model.zero_grad()
@@ -230,10 +232,12 @@ def test_modes_agree_in_bfloat16_on_gpu(name: str, make_model: Callable[..., Neu
     double = copy.deepcopy(model).double()
     measured: dict[tuple[str, str], list[float]] = defaultdict(list)
     for seed in range(num_sequences):
-        exact = run(double, "unfused", case, seed)
+        *_, state = sequence(case, double, seed)
+        exact = run(double, "unfused", case, seed, state)
+        state = state.map(lambda x: x.float() if x.is_floating_point() else x)
         with torch.autocast("cuda", dtype=torch.bfloat16):
             for mode in ("unfused", *TOKEN_MODES):
-                for quantity, error in errors(run(model, mode, case, seed), exact).items():
+                for quantity, error in errors(run(model, mode, case, seed, state), exact).items():
                     measured[mode, quantity].append(error)
     for (mode, quantity), each in measured.items():
         assert median(each) <= max(3e-2, 1.5 * median(measured["unfused", quantity])), (mode, quantity)

@@ -1,5 +1,6 @@
 """Fused against unfused, whole models, in Triton's interpreter where there is no GPU."""
 
+import re
 from collections import Counter
 from collections.abc import Callable
 
@@ -70,25 +71,37 @@ def test_launches_do_not_grow_with_the_sequence(make_model: Callable[..., NeuroG
     assert counts[0] == counts[1] == counts[2] > 0
 
 
+# What runs inside a product is cuBLAS's choice by shape: one kernel, or one and the sum of its parts.
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+INSIDE_PRODUCTS = re.compile(r"nvjet|gemm|gemv|cutlass|cublas|splitK|memset", re.IGNORECASE)
+
+
 @pytest.mark.gpu
-def test_a_steps_launches_and_waits_do_not_grow_on_a_gpu() -> None:
-    """What cuBLAS adds to a product by its own judgement of the shape, sums of split products, is left out. The shorter
-    sequence is long enough for ids to be sorted by torch: a few are sorted in one launch."""
+@pytest.mark.parametrize(("num_lanes", "lengths"), [(1, (128, 4096)), (32, (512, 4096))])
+def test_a_steps_launches_and_waits_do_not_grow_on_a_gpu(num_lanes: int, lengths: tuple[int, int]) -> None:
+    """Few ids are sorted in one launch and many by torch's sort, so lanes and lengths are on one side of that."""
     brain = BrainConfig(embedding_dim=64, column_width=32, head_width=32)
     model = NeuroGen(brain, vocab_size=257, mode="fused").to("cuda")
     model.set_optimizer(torch.optim.AdamW(model.parameters(), fused=True))
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     counts, waits = [], []
-    for num_tokens in (512, 4096):
-        ids = torch.randint(257, (32, num_tokens), device="cuda")
-        model.train_step(ids, ids)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    for num_tokens in lengths:
+        ids = torch.randint(257, (num_lanes, num_tokens), device="cuda")
+        with torch.autocast("cuda", dtype=torch.bfloat16):
             model.train_step(ids, ids)
-            torch.cuda.synchronize()
-        names = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        counts.append(Counter(name for name in names if not any(x in name for x in ("splitK", "Memset", "memset"))))
-        waits.append(count_runtime_calls(lambda ids=ids: model.train_step(ids, ids))[1])
-    # By number, not by name: cuBLAS and torch choose another kernel for another shape.
-    assert counts[0].total() == counts[1].total() > 50, (counts[0] - counts[1], counts[1] - counts[0])
+            with torch.profiler.profile(activities=activities) as profiler:
+                model.train_step(ids, ids)
+                torch.cuda.synchronize()
+            waits.append(count_runtime_calls(lambda ids=ids: model.train_step(ids, ids))[1])
+        on_gpu = [event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events()]
+        launches = Counter(x.name for x, there in zip(profiler.events(), on_gpu) if there)
+        products = Counter(x.name for x, there in zip(profiler.events(), on_gpu) if not there and x.name in PRODUCTS)
+        others = Counter({name: n for name, n in launches.items() if not INSIDE_PRODUCTS.search(name)})
+        counts.append((products, others))
+    assert counts[0][0] == counts[1][0]
+    # By number, not by name: torch chooses another kernel for another shape.
+    first, second = counts[0][1], counts[1][1]
+    assert first.total() == second.total() > 50, (first - second, second - first)
     assert waits == [1, 1]
 
 

@@ -272,10 +272,10 @@ def test_judging_and_skipping_read_nothing() -> None:
 def test_a_step_on_a_gpu_does_not_wait(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     call = Update.__call__
 
-    def strict(self: Update, *args: Any) -> Any:
+    def strict(self: Update, *args: Any, **options: Any) -> Any:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return call(self, *args)
+            return call(self, *args, **options)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
