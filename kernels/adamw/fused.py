@@ -83,8 +83,8 @@ def adamw_kernel(
         scale = tl.load(grad_scale_ptr)
         first = i_block.to(tl.int64) * (BLOCK * BLOCKS)
         last = tl.minimum(first + BLOCK * BLOCKS, num_elements)
-        # A mask that ends on a multiple of four lets four numbers be read at once. A product says so, not `tl.multiple_of`:
-        # that is believed of `last` in the other branch as well.
+        # A mask that ends on a multiple of four lets four numbers be read at once. A product says so, not
+        # `tl.multiple_of`: that is believed of `last` in the other branch as well.
         if last % 4 == 0:
             _update(
                 p_param, p_grad, p_avg, p_avg_sq, rounded, first, last // 4 * 4, lr, scale, correction1,

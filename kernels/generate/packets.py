@@ -282,7 +282,8 @@ def ask_for_unit(unit, p_state, p_vector, D: tl.constexpr, N: tl.constexpr, DELT
     if unit < D // CU:
         head = unit // (N // CU)
         prefetch(p_state + head * N * N + tl.arange(0, N) * N + unit % (N // CU) * CU, SINGLE)
-        o_k = tl.minimum(tl.arange(0, BD // 32) * 32, D - 1)
+        LINES: tl.constexpr = BD // 32 if BD > 32 else 1
+        o_k = tl.minimum(tl.arange(0, LINES) * 32, D - 1)
         prefetch(p_vector + head * D + o_k, SINGLE)
         if DELTA:
             prefetch(p_vector + D // N * (D + 1) + head * D + o_k, SINGLE)
