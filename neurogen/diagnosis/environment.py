@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
 import psutil
 import torch
 
 from neurogen.diagnosis.usage import gpu_use_reader
+from neurogen.machine import machine_facts
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Names and versions, for the result file."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+    """Names, versions and commit, for the result file."""
+    return machine_facts(device) | {
         "device_type": device.type,
         "cpu_cores": psutil.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "python": platform.python_version(),
     }
 
 

@@ -25,6 +25,7 @@ from neurogen.training.recorded import NUM_PLAIN_STEPS, RecordedUpdate, can_reco
 from neurogen.training.update import Update
 
 TASKS = ("train", "generate")
+TOKEN_BY_TOKEN = ("naive", "pointer", "preallocated")
 WARM_UP_TOKENS = 4
 TIMED_SECONDS = (
     2.0  # runs are repeated until they took this long, so that the driver's reports of GPU use mean something
@@ -39,7 +40,8 @@ class ModeCost:
         mode, task: names.
         lanes, tokens: shape of the sequence.
         seconds: median of `num_runs` runs; wall time, the device's work included.
-        stage_seconds: where the time of another, clocked run went; the stages add up to `clocked_seconds`.
+        stage_seconds: where the time of another, clocked run of `clocked_tokens` tokens a lane went; the stages add up
+            to `clocked_seconds`.
         cpu_percent: over all of those runs; 100 is one core.
         gpu_percent, gpu_memory_bytes: None without a GPU.
         counts: of one run of `counted_tokens` tokens a lane.
@@ -53,6 +55,7 @@ class ModeCost:
     seconds: float
     num_runs: int
     clocked_seconds: float
+    clocked_tokens: int
     stage_seconds: dict[str, float]
     cpu_percent: float
     gpu_percent: float | None
@@ -82,7 +85,14 @@ class ModeCost:
 
 
 def measure_mode(
-    model: NeuroGen, mode: str, task: str, input_ids: Tensor, *, counted_tokens: int, bf16: bool = False
+    model: NeuroGen,
+    mode: str,
+    task: str,
+    input_ids: Tensor,
+    *,
+    counted_tokens: int,
+    clocked_tokens: int = 0,
+    bf16: bool = False,
 ) -> ModeCost:
     """Warm up, time, clock by stage and count, each in runs of its own, so that no instrument is in another's figures.
 
@@ -95,6 +105,7 @@ def measure_mode(
             would record it; `generate` continues the first id by T tokens and reads them.
         input_ids: `[B, T + 1]` int64 on the model's device.
         counted_tokens: at most this many tokens are counted, since counting is slow.
+        clocked_tokens: at most this many are clocked by stage where the mode goes token by token; 0 for all.
         bf16: run under torch.autocast in bfloat16.
     """
     model.set_mode(mode)
@@ -105,7 +116,8 @@ def measure_mode(
         for _ in range(NUM_PLAIN_STEPS if can_replay(model, task) else 0):
             whole()
         seconds, usage = _timed(whole, device)
-        clocked = work(model, task, input_ids, bf16=bf16, record=False)
+        num_clocked = min(num_tokens, clocked_tokens or num_tokens) if mode in TOKEN_BY_TOKEN else num_tokens
+        clocked = work(model, task, input_ids[:, : num_clocked + 1], bf16=bf16, record=False)
         if can_replay(model, task):
             clocked()  # other block sizes of memory than the recorded step's
         with StageClock(device) as clock:
@@ -122,6 +134,7 @@ def measure_mode(
         seconds=statistics.median(seconds),
         num_runs=len(seconds),
         clocked_seconds=clock.total,
+        clocked_tokens=num_clocked,
         stage_seconds=clock.seconds,
         cpu_percent=usage.cpu_percent,
         gpu_percent=usage.gpu_percent,

@@ -19,6 +19,9 @@ PRECISIONS = ("fp32", "bf16")
 VERBATIM = ("mode", "checkpoint", "text", "out")  # keys whose value is taken as it stands
 
 
+LEAST = {"sequence": 2, "lanes": 1, "vocab_size": 2, "counted_tokens": 2, "clocked_tokens": 0}
+
+
 @dataclass
 class Options:
     """One run of the diagnosis; checked when made.
@@ -32,6 +35,7 @@ class Options:
     lanes: B.
     vocab_size: V.
     counted_tokens: at most so many tokens are counted, since counting is slow.
+    clocked_tokens: at most so many tokens are clocked by stage in modes that go token by token; 0 for all.
     device: `auto`, or what torch calls it.
     precision: `fp32`, or `bf16` for torch.autocast.
     text: a file to read, for activity; a module of Python's library if empty.
@@ -49,6 +53,7 @@ class Options:
     lanes: int = 1
     vocab_size: int = 257
     counted_tokens: int = 64
+    clocked_tokens: int = 0
     device: str = "auto"
     precision: str = "fp32"
     text: str = ""
@@ -64,7 +69,7 @@ class Options:
         if self.mode != "all":
             for name in self.mode.split(","):
                 _one_of("mode", name, ("all", *MODES))
-        for key, least in (("sequence", 2), ("lanes", 1), ("vocab_size", 2), ("counted_tokens", 2)):
+        for key, least in LEAST.items():
             if getattr(self, key) < least:
                 raise UserError(f"{key} is {getattr(self, key)}; it must be at least {least}")
 

@@ -30,7 +30,7 @@ def plot_modes(rows: Sequence[dict[str, Any]], path: Path) -> None:
         speed.set(yscale="log", ylabel="tokens a second", title=f"{task}, {of_task[0]['tokens']} tokens")
         bottom = [0.0] * len(names)
         for stage in of_task[0]["stage_seconds"]:
-            heights = [1000 * row["stage_seconds"][stage] / row["tokens"] for row in of_task]
+            heights = [1000 * row["stage_seconds"][stage] / row["clocked_tokens"] for row in of_task]
             stages.bar(names, heights, bottom=bottom, label=stage)
             bottom = [low + height for low, height in zip(bottom, heights)]
         stages.set(ylabel="milliseconds a token", title="by stage")

@@ -75,6 +75,7 @@ def _modes(options: Options, device: torch.device, folder: Path, console: Consol
             task,
             input_ids,
             counted_tokens=options.counted_tokens,
+            clocked_tokens=options.clocked_tokens,
             bf16=options.precision == "bf16",
         )
         rows.append(cost.as_dict())

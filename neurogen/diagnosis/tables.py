@@ -72,7 +72,7 @@ def stage_table(rows: Sequence[Row], task: str) -> Table:
     for header in [*stages, "sum"]:
         table.add_column(header.replace("_", " "), justify="right")
     for row in rows:
-        per_token = [1000 * row["stage_seconds"][name] / row["tokens"] for name in stages]
+        per_token = [1000 * row["stage_seconds"][name] / row["clocked_tokens"] for name in stages]
         table.add_row(row["mode"], *(number(x) for x in per_token), number(sum(per_token)))
     return table
 

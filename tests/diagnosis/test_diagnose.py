@@ -37,6 +37,7 @@ def result_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("neurogen.diagnosis.measure.TIMED_SECONDS", 0.01)
         words = ["mode=naive,preallocated", "sequence=8", "counted_tokens=4", "vocab_size=7", f"out={folder}"]
+        words += ["clocked_tokens=3"]
         words += ["model.embedding_dim=8", "model.column_width=4", "model.head_width=4"]
         console = Console(file=io.StringIO(), width=120)
         path = diagnose(parse_options(words), console)
@@ -56,6 +57,7 @@ def test_writes_json_a_plot_and_tables(result_path: Path) -> None:
     for row in result["rows"]:
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
         assert sum(row["stage_seconds"].values()) == pytest.approx(row["clocked_seconds"])
+        assert row["clocked_tokens"] == 3 < row["tokens"]
     naive, preallocated = result["rows"][:2]
     assert naive["counts"]["synchronisations"] - naive["counts_of_half"]["synchronisations"] == 2
     assert preallocated["counts"]["host_allocations"] == preallocated["counts_of_half"]["host_allocations"]
