@@ -3,6 +3,7 @@
     python scripts/compare_runs.py runs/a runs/b runs/c          # the table, and comparison.png
     python scripts/compare_runs.py runs/* --name bytes           # docs/benchmarks/bytes.md, .json, .png and .svg
     python scripts/compare_runs.py runs/* --name bytes --into docs/BENCHMARKS.md
+    python scripts/compare_runs.py runs/* --differences           # and how far apart their curves are
 
 Runs that differ in their seed alone share a row (mean ± standard deviation over seeds) and a colour. `--into` puts
 table and picture between the lines `<!-- bytes -->` and `<!-- /bytes -->` of a document.
@@ -17,6 +18,7 @@ from neurogen.errors import UserError
 from neurogen.storage.files import write_atomically
 from neurogen.training.comparison import (
     comparison_table,
+    curve_differences,
     insert_section,
     plot_comparison,
     read_run,
@@ -32,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("docs/benchmarks"), help="where those go")
     parser.add_argument("--into", type=Path, default=None, help="a document that shows them, with --name")
     parser.add_argument("--png", type=Path, default=Path("comparison.png"), help="where the curves go without --name")
+    parser.add_argument("--differences", action="store_true", help="of runs that differ in one setting alone")
     chosen = parser.parse_args(arguments)
     try:
         runs = [read_run(path) for path in chosen.runs]
@@ -39,10 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
             if chosen.into is not None:
                 raise UserError("--into: needs --name, the name of the place in the document")
             print(comparison_table(runs), end="")
+            if chosen.differences:
+                print(f"\n{curve_differences(runs)}", end="")
             plot_comparison(runs, chosen.png)
             print(chosen.png, file=sys.stderr)
             return 0
-        table = write_comparison(runs, chosen.folder, chosen.name)
+        more = [curve_differences(runs)] if chosen.differences else []
+        table = "\n".join([write_comparison(runs, chosen.folder, chosen.name), *more])
         print(table, end="")
         if chosen.into is not None:
             _insert(chosen.into, chosen.name, table, chosen.folder / f"{chosen.name}.png")

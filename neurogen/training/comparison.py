@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -146,6 +147,34 @@ def _without_budget(label: str) -> str:
     """A group's label less the limit, which has a column of its own."""
     parts = [part for part in label.split(", ") if part.split("=")[0] not in BUDGETS]
     return ", ".join(parts) or label
+
+
+def curve_differences(runs: Sequence[Run]) -> str:
+    """How far apart training curves are: a Markdown table, a row a setting.
+
+    For each setting, all pairs of runs that differ in it alone; of each pair the root mean square, over the steps both
+    logged, of the difference of their training losses in nats. What a setting is to leave alone differs no more than
+    what two seeds do.
+
+    Raises UserError if no two runs differ in one setting alone.
+    """
+    ignored = tuple(key for key in APART_KEYS if key != "seed")
+    configs = [{key: value for key, value in run.config.items() if not key.startswith(ignored)} for run in runs]
+    found: dict[str, list[float]] = {}
+    for (a, one), (b, other) in itertools.combinations(zip(runs, configs), 2):
+        keys = [key for key in one.keys() | other.keys() if one.get(key, _MISSING) != other.get(key, _MISSING)]
+        if len(keys) == 1:
+            losses, others = ({row["step"]: row["train/loss"] for row in x.rows if "train/loss" in row} for x in (a, b))
+            squares = [(float(losses[step]) - float(others[step])) ** 2 for step in losses.keys() & others.keys()]
+            if squares:
+                found.setdefault(keys[0], []).append(math.sqrt(statistics.fmean(squares)))
+    if not found:
+        raise UserError("--differences: no two of these runs differ in one setting alone")
+    lines = ["| runs that differ in | pairs | difference, mean | least | largest |", "|---|---|---|---|---|"]
+    for key, values in sorted(found.items(), key=lambda item: statistics.fmean(item[1])):
+        numbers = (statistics.fmean(values), min(values), max(values))
+        lines.append(f"| {key} | {len(values)} | {' | '.join(f'{x:.4f}' for x in numbers)} |")
+    return "\n".join(lines) + "\n"
 
 
 def comparison_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:

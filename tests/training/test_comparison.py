@@ -11,6 +11,7 @@ import yaml
 from neurogen.errors import UserError
 from neurogen.training.comparison import (
     comparison_table,
+    curve_differences,
     group_runs,
     insert_section,
     plot_comparison,
@@ -135,3 +136,24 @@ def test_a_run_without_rows_is_refused(tmp_path: Path) -> None:
         read_run(path)
     with pytest.raises(UserError):
         read_run(tmp_path / "nowhere")
+
+
+def test_differences_are_of_runs_that_differ_in_one_setting(tmp_path: Path) -> None:
+    fast = {"mode": {"name": "fast"}}
+    runs = [
+        read_run(write_run(tmp_path, name, losses, **settings))
+        for name, losses, settings in [
+            ("a", [5.0, 4.0, 1.0], {"mode": {"name": "slow"}}),
+            ("b", [5.0, 4.5, 1.0], fast),
+            ("c", [3.0, 4.5, 1.0], fast | {"seed": 1}),
+        ]
+    ]
+    lines = curve_differences(runs).splitlines()[2:]
+    # The last row's loss is the same number in all; a and c differ in two settings.
+    mode, seed = (0.5**2 / 3) ** 0.5, (2.0**2 / 3) ** 0.5
+    assert lines == [
+        f"| mode.name | 1 | {mode:.4f} | {mode:.4f} | {mode:.4f} |",
+        f"| seed | 1 | {seed:.4f} | {seed:.4f} | {seed:.4f} |",
+    ]
+    with pytest.raises(UserError, match="no two of these runs"):
+        curve_differences([runs[0], runs[2]])
