@@ -85,6 +85,7 @@ def decode_forward(
             grad_hidden,
             grad_weight,
             ignore_index=ignore_index,
+            spare_bytes=WORKING_BYTES - weight_copy_bytes - buffer.nbytes,
         )
         return *sum_rows(loss_rows, correct_rows, num_targets), num_targets, grad_hidden, grad_weight
     for first in range(0, num_rows, rows_at_a_time):

@@ -5,8 +5,12 @@ multiprocessor: logits; loss and gradient of rows, in place; then the two produc
 tiles handed out by a counter, longest first. A barrier of the grid separates the phases. Matrices are read through
 tensor descriptors, which leave the registers to the sums.
 
-Tiles are computed whole by one program each, in an order of additions that does not depend on which: results are the
-same bits every time.
+A tile of the hidden gradient sums over the whole vocabulary. Where there are few rows, and so few of those tiles, one
+of them would outlast everything else: its sum is then cut into slices that are tiles of their own, and a last phase
+adds them up.
+
+Tiles and slices are computed whole by one program each, in an order of additions that does not depend on which:
+results are the same bits every time.
 """
 
 import kernels.launch  # noqa: F401, I001  before triton: it chooses the interpreter
@@ -69,15 +73,30 @@ def _logits_tile(hidden, weight, logits_ptr, first, num_rows, m, n, D, PITCH, BM
 
 
 @triton.jit
-def _grad_hidden_tile(logits, weight, grad_ptr, first, last, m, n, D, PITCH, BM, BN, BK):
+def _grad_hidden_tile(logits, weight, grad_ptr, first, last, m, n, begin, end, D, BM, BN, BK):
+    """The sum over logits from `begin` to `end`, into rows `first` to `last` of what `grad_ptr` points at."""
     b_acc = tl.zeros((BM, BN), tl.float32)
-    for k in range(0, PITCH, BK):
+    for k in range(begin, end, BK):
         b_grad = logits.load([m * BM, k])
         b_weight = weight.load([k, n * BN])
         b_acc = tl.dot(b_grad, b_weight, b_acc, input_precision="ieee")
     o_m, o_n = first + m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
     p_grad = grad_ptr + o_m.to(tl.int64)[:, None] * D + o_n[None, :]
     tl.store(p_grad, b_acc.to(grad_ptr.dtype.element_ty), mask=(o_m < last)[:, None] & (o_n < D)[None, :])
+
+
+@triton.jit
+def _add_slices(partial_ptr, grad_ptr, num_numbers, slice_numbers, num_slices, BLOCK):
+    """Sum of the slices `[num_slices, slice_numbers]`, first to last, into `num_numbers` of the gradient."""
+    for begin in range(tl.program_id(0) * BLOCK, num_numbers, tl.num_programs(0) * BLOCK):
+        offsets = begin + tl.arange(0, BLOCK)
+        mask = offsets < num_numbers
+        b_sum = tl.zeros((BLOCK,), tl.float32)
+        p_partial = partial_ptr + offsets
+        for _ in range(num_slices):
+            b_sum += tl.load(p_partial, mask=mask, other=0.0, cache_modifier=".cg")
+            p_partial += slice_numbers
+        tl.store(grad_ptr + offsets, b_sum.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -118,9 +137,11 @@ def decode_one_launch_kernel(
     correct_ptr,  # [N] int32
     grad_hidden_ptr,  # [N, D]
     grad_weight_ptr,  # [V, D]
+    partial_ptr,  # [slices, chunk, D] float32, or None if the hidden gradient's tiles are whole
     counter_ptr,  # [1 + chunks] int32, zero
     num_tokens,
     chunk_rows,  # a multiple of BM and BK
+    slice_depth,  # logits a slice of the hidden gradient sums over, a multiple of BK
     ignore_index,
     D: tl.constexpr,
     V: tl.constexpr,
@@ -155,15 +176,28 @@ def decode_one_launch_kernel(
 
         tiles_n = tl.cdiv(D, BN)
         num_hidden = tiles_m * tiles_n
+        if partial_ptr is not None:
+            num_slices = tl.cdiv(PITCH, slice_depth)
+            num_hidden *= num_slices
         num_tiles = num_hidden + tl.cdiv(V, BM) * tiles_n
         next_tile_ptr = counter_ptr + 1 + first // chunk_rows
         tile = tl.atomic_add(next_tile_ptr, 1)
         while tile < num_tiles:
             if tile < num_hidden:
-                _grad_hidden_tile(
-                    logits_by_row, weight_by_depth, grad_hidden_ptr, first, last, tile % tiles_m, tile // tiles_m,
-                    D, PITCH, BM, BN, BK,
-                )  # fmt: skip
+                m = tile % tiles_m
+                if partial_ptr is None:
+                    _grad_hidden_tile(
+                        logits_by_row, weight_by_depth, grad_hidden_ptr, first, last, m, tile // tiles_m,
+                        0, PITCH, D, BM, BN, BK,
+                    )  # fmt: skip
+                else:
+                    # Slices of one depth come together: they read the same rows of the weight.
+                    n, i_slice = tile // tiles_m % tiles_n, tile // (tiles_m * tiles_n)
+                    begin = i_slice * slice_depth
+                    _grad_hidden_tile(
+                        logits_by_row, weight_by_depth, partial_ptr + i_slice.to(tl.int64) * chunk_rows * D,
+                        0, chunk_rows, m, n, begin, tl.minimum(begin + slice_depth, PITCH), D, BM, BN, BK,
+                    )  # fmt: skip
             else:
                 tile -= num_hidden
                 _grad_weight_tile(
@@ -173,6 +207,25 @@ def decode_one_launch_kernel(
             tile = tl.atomic_add(next_tile_ptr, 1)
         num_rounds += 1
         _grid_barrier(counter_ptr, num_rounds, THREADS, SINGLE)
+
+        if partial_ptr is not None:
+            p_grad = grad_hidden_ptr + tl.full((), first, tl.int64) * D
+            _add_slices(partial_ptr, p_grad, (last - first) * D, chunk_rows * D, num_slices, BLOCK)
+
+
+def count_slices(num_rows: int, width: int, pitch: int, num_programs: int, most_bytes: int) -> int:
+    """Into how many slices the sums of the hidden gradient are cut for a chunk of `num_rows`.
+
+    As few as make a slice no longer than a program's share of both products, in steps of a tile's depth; fewer if they
+    would take more than `most_bytes`. 1 leaves tiles whole.
+    """
+    block_m, block_n, block_k = _TILE
+    tiles_m, tiles_n, depth = -(-num_rows // block_m), -(-width // block_n), pitch // block_k
+    hidden_steps = tiles_m * tiles_n * depth
+    weight_steps = -(-pitch // block_m) * tiles_n * -(-num_rows // block_k)
+    share = max((hidden_steps + weight_steps) // num_programs, 1)
+    fitting = most_bytes // (tiles_m * block_m * width * 4)
+    return max(min(-(-depth // share), fitting), 1)
 
 
 def launch_whole(
@@ -188,6 +241,7 @@ def launch_whole(
     grad_weight: Tensor,
     *,
     ignore_index: int,
+    spare_bytes: int,
 ) -> None:
     """All chunks of rows: losses, hits and both gradients, into the tensors given.
 
@@ -195,10 +249,18 @@ def launch_whole(
         hidden, weight: contiguous, of one type, D a multiple of 16 bytes.
         buffer: `[rows of a chunk, pitch]` for logits, rows a multiple of 128.
         counters: `[1 + chunks]` int32, zero.
+        spare_bytes: what is left of the working memory, for slices of the hidden gradient.
     """
     num_tokens, width = hidden.shape
     block_m, block_n, block_k = _INTERPRETED_TILE if INTERPRETED else _TILE
     num_programs = 1 if INTERPRETED else torch.cuda.get_device_properties(hidden.device).multi_processor_count
+    chunk_rows, pitch = buffer.shape
+    num_slices = count_slices(min(chunk_rows, num_tokens), width, pitch, num_programs, spare_bytes)
+    slice_depth = triton.cdiv(triton.cdiv(pitch, block_k), num_slices) * block_k
+    partial = None
+    if num_slices > 1:
+        shape = (triton.cdiv(pitch, slice_depth), chunk_rows, width)
+        partial = torch.empty(shape, dtype=torch.float32, device=hidden.device)
     decode_one_launch_kernel[(num_programs,)](
         TensorDescriptor.from_tensor(hidden, [block_m, block_k]),
         TensorDescriptor.from_tensor(hidden, [block_k, block_n]),
@@ -213,17 +275,19 @@ def launch_whole(
         correct_rows,
         grad_hidden,
         grad_weight,
+        partial,
         counters,
         num_tokens,
-        buffer.shape[0],
+        chunk_rows,
+        slice_depth,
         ignore_index,
         D=width,
         V=weight.shape[0],
-        PITCH=buffer.shape[1],
+        PITCH=pitch,
         BM=block_m,
         BN=block_n,
         BK=block_k,
-        BLOCK=min(_LOGITS_PER_LOAD, triton.next_power_of_2(buffer.shape[1])),
+        BLOCK=min(_LOGITS_PER_LOAD, triton.next_power_of_2(pitch)),
         ROW_STAGES=_ROW_STAGES,
         THREADS=_WARPS * 32,
         SINGLE=INTERPRETED,

@@ -45,8 +45,9 @@ def tiles(dtype, rows, columns):
     return f"tensordesc<{dtype}[{rows}, {columns}]>"
 
 
+@pytest.mark.parametrize("in_slices", [False, True])
 @pytest.mark.parametrize("weight_dtype", ["bf16", "fp32"])
-def test_one_launch_has_no_spills_and_reads_through_descriptors(weight_dtype):
+def test_one_launch_has_no_spills_and_reads_through_descriptors(weight_dtype, in_slices):
     signature = {
         "hidden_by_row": tiles("bf16", 128, 64),
         "hidden_by_depth": tiles("bf16", 64, 256),
@@ -64,10 +65,15 @@ def test_one_launch_has_no_spills_and_reads_through_descriptors(weight_dtype):
         "counter_ptr": "*i32",
         "num_tokens": "i32",
         "chunk_rows": "i32",
+        "slice_depth": "i32",
         "ignore_index": "i32",
     }
     constants = {"D": 1536, "V": 50257, "PITCH": 50304, "BM": 128, "BN": 256, "BK": 64}
     constants |= {"BLOCK": 4096, "ROW_STAGES": 2, "THREADS": 256, "SINGLE": False}
+    if in_slices:
+        signature["partial_ptr"] = "*fp32"
+    else:
+        constants["partial_ptr"] = None
     case = CompileCase("kernels.decode.one_launch", "decode_one_launch_kernel", signature, constants, 8, 3)
     (compiled,) = check_compiled([case], capabilities=(90,))
     assert compiled.machine_code.count("HGMMA.64x256x16") == 12

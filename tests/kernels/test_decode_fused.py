@@ -64,6 +64,39 @@ def test_one_launch(num_tokens, vocab_size, width, monkeypatch):
     check(inputs, upstream=0.5)
 
 
+@pytest.mark.parametrize(("num_tokens", "vocab_size", "width"), [(1, 127, 4), (7, 330, 36), (37, 200, 20)])
+@pytest.mark.parametrize("num_slices", [2, 3, 5])
+def test_slices_of_the_hidden_gradient(num_tokens, vocab_size, width, num_slices, monkeypatch):
+    """Chunks of 16 rows, the last one shorter; slices that do not divide the vocabulary."""
+    monkeypatch.setattr(fused, "ONE_LAUNCH", True)
+    monkeypatch.setattr(fused, "LOGITS_BYTES", 16 * 384 * 4)
+    monkeypatch.setattr(fused, "_CHUNK_MULTIPLE", 16)
+    monkeypatch.setattr("kernels.decode.one_launch.count_slices", lambda *_: num_slices)
+    inputs = make_inputs(num_tokens=num_tokens, vocab_size=vocab_size, width=width, ignored=0.3 * (num_tokens > 1))
+    poison_new_memory(monkeypatch)
+    check(inputs, upstream=0.5)
+    first, second = run("fused", inputs, dtype=torch.float32), run("fused", inputs, dtype=torch.float32)
+    assert torch.equal(first[1], second[1])
+
+
+def test_number_of_slices():
+    """Slices are short and fit into memory; a chunk with tiles enough has none."""
+    from kernels.decode.one_launch import count_slices
+
+    plenty = fused.WORKING_BYTES - fused.LOGITS_BYTES
+    for width in (512, 1536, 4096):
+        for num_rows in (1, 33, 500, 1024):
+            num_slices = count_slices(num_rows, width, 50304, 132, plenty)
+            rows = -(-num_rows // 128) * 128
+            assert num_slices * rows * width * 4 <= plenty
+            num_tiles = num_slices * rows // 128 * -(-width // 256)
+            assert 44 <= num_tiles <= 132 + rows // 128 * -(-width // 256)
+    assert count_slices(500, 1536, 50304, 132, plenty) == 3
+    assert count_slices(500, 1536, 50304, 132, 2 * 512 * 1536 * 4) == 2
+    assert count_slices(500, 1536, 50304, 132, 0) == 1
+    assert count_slices(2048, 1536, 50304, 132, plenty) == 1
+
+
 @pytest.mark.parametrize("vocab_size", [1, 2, 64, 65, 4096, 4097, 9001])
 def test_vocabulary_sizes(vocab_size, monkeypatch):
     inputs = make_inputs(num_tokens=3, width=5, vocab_size=vocab_size)
@@ -194,7 +227,7 @@ def test_refuses_float64():
 @pytest.mark.gpu
 @pytest.mark.parametrize("one_launch", [False, True])
 @pytest.mark.parametrize(("dtype", "weight_dtype"), [("float32",) * 2, ("bfloat16",) * 2, ("bfloat16", "float32")])
-@pytest.mark.parametrize("num_tokens", [1, 33, 4097])
+@pytest.mark.parametrize("num_tokens", [1, 33, 500, 4097])
 @pytest.mark.parametrize(("width", "vocab_size"), [(128, 256), (1536, 50257)])
 def test_on_gpu(width, vocab_size, num_tokens, dtype, weight_dtype, one_launch, monkeypatch):
     monkeypatch.setattr(fused, "ONE_LAUNCH", one_launch)
@@ -204,11 +237,12 @@ def test_on_gpu(width, vocab_size, num_tokens, dtype, weight_dtype, one_launch, 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1024, 32768])
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
-def test_working_memory_on_gpu(weight_dtype):
-    hidden = torch.randn(32768, 1536, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+def test_working_memory_on_gpu(weight_dtype, num_tokens):
+    hidden = torch.randn(num_tokens, 1536, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = (torch.randn(50257, 1536, device="cuda") / 40).to(weight_dtype).requires_grad_()
-    target_ids = torch.randint(50257, (32768,), device="cuda")
+    target_ids = torch.randint(50257, (num_tokens,), device="cuda")
     decode(hidden[:128], weight, target_ids[:128], backend="fused").loss.backward()  # library workspaces
     hidden.grad = weight.grad = None
     torch.cuda.synchronize()
@@ -220,10 +254,11 @@ def test_working_memory_on_gpu(weight_dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("num_tokens", "width"), [(500, 1536), (5000, 512)])
 @pytest.mark.parametrize("one_launch", [False, True])
-def test_same_bits_twice_on_gpu(one_launch, monkeypatch):
+def test_same_bits_twice_on_gpu(one_launch, num_tokens, width, monkeypatch):
     monkeypatch.setattr(fused, "ONE_LAUNCH", one_launch)
-    inputs = make_inputs(num_tokens=5000, width=512, vocab_size=50257, dtype=torch.bfloat16)
+    inputs = make_inputs(num_tokens=num_tokens, width=width, vocab_size=50257, dtype=torch.bfloat16)
     first, second = run("fused", inputs, device="cuda"), run("fused", inputs, device="cuda")
     assert torch.equal(first[0].loss, second[0].loss)
     assert torch.equal(first[1], second[1])
