@@ -17,6 +17,7 @@ from kernels.generate.stream import stream_table, tile_weights
 from kernels.generate.stream_kernel import stream_kernel
 from kernels.generate.tiles import (
     MAX_PACKET_LANES,
+    MAX_ROOM_BYTES,
     MAX_STREAM_LANES,
     PacketTiles,
     StreamTiles,
@@ -24,6 +25,7 @@ from kernels.generate.tiles import (
     choose_packets,
     choose_stream,
     choose_tiles,
+    packet_room,
 )
 from kernels.launch import INTERPRETED, check_launchable
 from kernels.sample import Sampling
@@ -49,11 +51,14 @@ def generate_fused(
     check_shape(shape, num_lanes)
     num_programs = 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
     is_stream = num_lanes <= MAX_STREAM_LANES
-    is_packets = is_stream and num_lanes <= MAX_PACKET_LANES
     dtype = brain.matrices.dtype
     tiles: PacketTiles | StreamTiles | Tiles
+    packets = packet_tiles or choose_packets(shape, dtype, num_programs)
+    # Activations of a brain with more than some 10,000 channels do not fit beside its tiles.
+    fits = num_programs == 1 or packet_room(shape, packets.channels, packets.U) <= MAX_ROOM_BYTES
+    is_packets = num_lanes <= MAX_PACKET_LANES and fits
     if is_packets:
-        tiles = packet_tiles or choose_packets(shape, dtype, num_programs)
+        tiles = packets
     elif is_stream:
         tiles = choose_stream(shape, num_lanes, dtype, num_programs)
     else:

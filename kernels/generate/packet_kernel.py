@@ -16,13 +16,20 @@ from kernels.generate.packets import (
     ask_for_unit,
     fetch_neurons,
     fetch_unit,
+    gather_channels,
+    gather_normed,
+    load_channels,
+    load_normed,
     memory_packets,
-    receive_channels,
-    receive_normed,
     relay_packets,
+    room_bytes,
+    room_channels,
+    room_channels_of,
     send_gates,
     send_here,
+    shared_room,
     spike_packets,
+    still_put,
     store_here,
     value_of,
 )
@@ -61,6 +68,10 @@ def packet_kernel(
     p_go = p_packets + (num_wernicke + num_memory + num_broca + 1) * per_layer
     num_units: tl.constexpr = D // CU
     CH: tl.constexpr = NH * NI * KS
+
+    PART: tl.constexpr = min(C, N, 64)
+    room = shared_room(room_bytes(D, M, CH, U, PART), SINGLE)
+    p_sums = room + room_channels(D, M, CH, U) * 9 // 2
 
     step = tl.full([], 0, tl.int32)
     relay_packets(tl.load(p_ids + TAPS - 1), step, p_ids, p_embedding, p_taps, p_packets, D, TAPS, EPS, BD)
@@ -130,36 +141,52 @@ def packet_kernel(
 
             if flags & 1:
                 first = chunk * (U * CH)
-                values = (tl.zeros([CH // 2], tl.float32),) * (2 * U)
-                # A loop of one turn, at whose end values are laid out for the product: the compiler finds no place of
-                # its own within the branches, and would do it in each turn of the loop over tiles.
-                again = epoch
-                while again > 0:
+                if SINGLE:
                     if kind == OUT:
                         if is_memory:
-                            values = receive_normed(
-                                p_layer + D, p_layer + 2 * D, p_go, first, epoch, False,
-                                D, False, N, EPS, CH, U, SINGLE,
+                            x = load_normed(
+                                p_layer + D, p_layer + 2 * D, p_go, first, False, D, False, N, EPS, NH, NI, KS, U
+                            )
+                        else:
+                            x = load_normed(
+                                p_layer + D, p_layer + 2 * D, p_go, first, is_gated, D, GO, C, EPS, NH, NI, KS, U
+                            )
+                    elif kind == MLP_OUT:
+                        x = load_channels(p_layer + 4 * D, first, M, NH, NI, KS, U)
+                    else:
+                        x = load_channels(p_layer + tl.where(kind == MLP_IN, 3 * D, 0), first, D, NH, NI, KS, U)
+                        squares = x[0] * x[0]
+                        for u in tl.static_range(1, U):
+                            squares += x[u] * x[u]
+                        square = tl.where(chunk == 0, 0.0, square) + tl.sum(tl.reshape(squares, [CH]), 0)
+                else:
+                    # All of a phase's activations at once; further turns find theirs in the room.
+                    if chunk > 0:
+                        ready = still_put(room)
+                    elif kind == OUT:
+                        if C == N:
+                            gated = is_gated & (not is_memory)
+                            ready = gather_normed(
+                                room, p_sums, p_layer + D, p_layer + 2 * D, p_go, epoch, gated,
+                                D, GO, C, PART, EPS, CH, U,
+                            )  # fmt: skip
+                        elif is_memory:
+                            ready = gather_normed(
+                                room, p_sums, p_layer + D, p_layer + 2 * D, p_go, epoch, False,
+                                D, False, N, PART, EPS, CH, U,
                             )  # fmt: skip
                         else:
-                            values = receive_normed(
-                                p_layer + D, p_layer + 2 * D, p_go, first, epoch, is_gated,
-                                D, GO, C, EPS, CH, U, SINGLE,
+                            ready = gather_normed(
+                                room, p_sums, p_layer + D, p_layer + 2 * D, p_go, epoch, is_gated,
+                                D, GO, C, PART, EPS, CH, U,
                             )  # fmt: skip
+                    elif kind == MLP_OUT:
+                        ready, _ = gather_channels(room, p_sums, p_layer + 4 * D, epoch, M, False, PART, CH, U)
                     else:
-                        p_in = p_layer + tl.where(kind == MLP_OUT, 4 * D, tl.where(kind == MLP_IN, 3 * D, 0))
-                        width = tl.where(kind == MLP_OUT, M, D)
-                        values = receive_channels(p_in, first, width, epoch, CH, U, SINGLE)
-                        if kind != MLP_OUT:
-                            squares = values[0] * values[0]
-                            for i in tl.static_range(1, 2 * U):
-                                squares += values[i] * values[i]
-                            square = tl.where(chunk == 0, 0.0, square) + tl.sum(squares, 0)
-                    again = epoch * 0
-                received = ()
-                for u in tl.static_range(U):
-                    received = append(received, tl.reshape(tl.join(values[u], values[U + u]), [NH, 1, NI, KS]))
-                x = received
+                        ready, square = gather_channels(
+                            room, p_sums, p_layer + tl.where(kind == MLP_IN, 3 * D, 0), epoch, D, True, PART, CH, U
+                        )
+                    x = room_channels_of(ready, first, NH, NI, KS, U)
                 if GO:  # noqa: SIM102, one is decided when compiled
                     if (kind == CORTEX_IN) & (layer == num_wernicke + num_memory) & (chunk == 0):
                         block_barrier(SINGLE)

@@ -46,6 +46,7 @@ def stream_table(
     program = torch.arange(num_programs)
     fetch, use = [], []
     base = 0
+    gated = shape.num_wernicke + shape.num_memory if shape.go_gate else -1
     for kind, layer, _, num_rows, width_in, halves in _matrices(shape):
         num_units = -(-num_rows // rows)
         num_chunks = -(-width_in // channels)
@@ -58,12 +59,17 @@ def stream_table(
                     starts = row == half == chunk == 0 or (together > 0 and num_chunks > together)
                     ends_rows = chunk + (together or 1) >= num_chunks
                     ends = ends_rows and half == halves - 1 and row == each - 1
+                    # Who has no rows gathers nothing, unless it has other work: memory units and gates.
+                    others = kind == MEMORY_IN.value or (kind == CORTEX_IN.value and layer == gated)
+                    begins = starts & ((left > 0) | (others or not together))
+                    sends = ends_rows & ((left > 0) | (ends or not together))
                     tile = base + (half * num_units + unit) * num_chunks + chunk
                     if together:
                         tile = tile | min(together, num_chunks - chunk) << 32
                     fetch.append(torch.where(left > 0, tile, _NO_TILE))
                     place = chunk // (together or 1)
-                    flags = starts | ends_rows << 1 | ends << 2 | half << 3 | kind << 4 | place << 8 | layer << 24
+                    what = ends << 2 | half << 3 | kind << 4 | place << 8 | layer << 24
+                    flags = what | begins.long() | sends.long() << 1
                     use.append(flags | left << 14 | unit * rows << 36)
         base += halves * num_units * num_chunks
     return torch.stack([torch.stack(fetch, 1), torch.stack(use, 1)], 2).to(device)

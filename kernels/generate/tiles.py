@@ -1,11 +1,13 @@
 """Tile sizes of the launch, by lanes, type and programs; what a GPU session tunes."""
 
+import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 from dataclasses import asdict, dataclass
 
 import torch
 import triton
 
 from kernels.generate.layout import BrainShape
+from kernels.generate.packets import room_bytes
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,14 @@ class PacketTiles:
 
 _MOST_TOGETHER = 4  # tiles of a turn
 _TURN_BYTES = 64 * 1024  # at most
+_SHARED_BYTES = 218 * 1024  # for tiles in flight and activations
+MAX_ROOM_BYTES = 48 * 1024
+
+
+def packet_room(shape: BrainShape, channels: int, together: int) -> int:
+    """Bytes of shared memory for the activations of one phase; more than MAX_ROOM_BYTES is not to be had."""
+    part = min(shape.column_width, shape.head_width, 64)
+    return room_bytes(shape.width, shape.mlp_width, channels, together, part)
 
 
 def choose_packets(
@@ -238,6 +248,8 @@ def choose_packets(
         together = min(triton.cdiv(shape.width, channels), _MOST_TOGETHER)
         while together > 1 and together * channels * rows * dtype.itemsize > most_bytes:
             together -= 1
+    room = packet_room(shape, channels, together)
+    ring_bytes = min(ring_bytes, _SHARED_BYTES - room)
     unit = shape.head_width
     if num_programs > 1:
         unit = 16
