@@ -219,7 +219,7 @@ def get(place):
 
 @triton.jit
 def all_put(room):
-    """The room once all threads have put their values there. (Loads from it hang on this value, so they stay behind.)"""
+    """The room once all threads have put their values there. (Loads from it hang on this value and so stay behind.)"""
     return tl.inline_asm_elementwise(
         "bar.sync 0; mov.u32 $0, $1;", "=r,r", [room], dtype=tl.int32, is_pure=False, pack=1
     )
@@ -344,8 +344,8 @@ def gather_normed(
     room, sums, p_packets, p_group, p_gate, epoch, gated, D: tl.constexpr, GO: tl.constexpr, WIDTH: tl.constexpr,
     PART: tl.constexpr, EPS: tl.constexpr, CH: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
-    """Put `p_packets` `[D]`, times the RMS factor of its group of WIDTH channels in `p_group` `[D]` and, if `gated`, its
-    gate, into the room. Squares are summed over PART channels within a warp, and these sums put at `sums`."""
+    """Put `p_packets` `[D]`, times the RMS factor of its group of WIDTH channels in `p_group` `[D]` and, if `gated`,
+    its gate, into the room. Squares are summed over PART channels within a warp, and these sums put at `sums`."""
     BLOCKS: tl.constexpr = (D + CH - 1) // CH
     for start in tl.static_range(0, BLOCKS, 4):
         gather_normed_blocks(
