@@ -21,8 +21,8 @@ _BLOCK = 1024  # numbers a program works on at a time
 _BLOCKS = 8  # a program works on one after the other, having read once where its tensors lie
 _PROGRAM = _BLOCK * _BLOCKS
 # Of the table: addresses of the parameter, its gradient, its two averages, its half-precision copy (0 for none) and its
-# number of steps, and the number of elements.
-_COLUMNS = tl.constexpr(7)
+# number of steps, the number of elements, and whether the gradient is of half precision.
+_COLUMNS = tl.constexpr(8)
 _SMALLEST_LOG = -1e30  # for a beta of 0
 
 
@@ -35,7 +35,7 @@ def _update(
     for start in tl.range(first, last, BLOCK, num_stages=2):
         offsets = start + tl.arange(0, BLOCK)
         mask = offsets < last
-        b_grad = tl.load(p_grad + offsets, mask=mask, other=0.0) * scale
+        b_grad = tl.load(p_grad + offsets, mask=mask, other=0.0).to(tl.float32) * scale
         b_param = tl.load(p_param + offsets, mask=mask, other=0.0)
         b_avg = tl.load(p_avg + offsets, mask=mask, other=0.0)
         b_avg_sq = tl.load(p_avg_sq + offsets, mask=mask, other=0.0)
@@ -52,8 +52,27 @@ def _update(
 
 
 @triton.jit
+def _update_part(
+    p_param, p_grad, p_avg, p_avg_sq, rounded, first, last, lr, scale, correction1, correction2, beta1, beta2, eps,
+    weight_decay, BLOCK: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    # A mask that ends on a multiple of four lets four numbers be read at once. A product says so, not
+    # `tl.multiple_of`: that is believed of `last` in the other branch as well.
+    if last % 4 == 0:
+        _update(
+            p_param, p_grad, p_avg, p_avg_sq, rounded, first, last // 4 * 4, lr, scale, correction1, correction2,
+            beta1, beta2, eps, weight_decay, BLOCK, HALF,
+        )  # fmt: skip
+    else:
+        _update(
+            p_param, p_grad, p_avg, p_avg_sq, rounded, first, last, lr, scale, correction1, correction2, beta1,
+            beta2, eps, weight_decay, BLOCK, HALF,
+        )  # fmt: skip
+
+
+@triton.jit
 def adamw_kernel(
-    table_ptr,  # [P, 7] int64
+    table_ptr,  # [P, 8] int64
     block_ptr,  # [programs, 2] int32: which parameter, and which part of it
     correction_ptr,  # [P, 2] float32: 1 - beta1^step, 1 - beta2^step
     lr_ptr,  # 0-d float32
@@ -66,13 +85,14 @@ def adamw_kernel(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     HALF: tl.constexpr,
+    GRAD_HALF: tl.constexpr,
 ):
     if tl.load(skip_ptr) == 0.0:
         i_param = tl.load(block_ptr + 2 * tl.program_id(0))
         i_block = tl.load(block_ptr + 2 * tl.program_id(0) + 1)
         row = table_ptr + i_param * _COLUMNS
         p_param = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.float32)), 16)
-        p_grad = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(tl.float32)), 16)
+        grad = tl.load(row + 1)
         p_avg = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.float32)), 16)
         p_avg_sq = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(tl.float32)), 16)
         rounded = tl.load(row + 4)
@@ -83,23 +103,23 @@ def adamw_kernel(
         scale = tl.load(grad_scale_ptr)
         first = i_block.to(tl.int64) * (BLOCK * BLOCKS)
         last = tl.minimum(first + BLOCK * BLOCKS, num_elements)
-        # A mask that ends on a multiple of four lets four numbers be read at once. A product says so, not
-        # `tl.multiple_of`: that is believed of `last` in the other branch as well.
-        if last % 4 == 0:
-            _update(
-                p_param, p_grad, p_avg, p_avg_sq, rounded, first, last // 4 * 4, lr, scale, correction1,
-                correction2, beta1, beta2, eps, weight_decay, BLOCK, HALF,
-            )  # fmt: skip
-        else:
-            _update(
+        if tl.load(row + 7) != 0:
+            p_grad = tl.multiple_of(grad.to(tl.pointer_type(GRAD_HALF)), 16)
+            _update_part(
                 p_param, p_grad, p_avg, p_avg_sq, rounded, first, last, lr, scale, correction1, correction2, beta1,
                 beta2, eps, weight_decay, BLOCK, HALF,
+            )  # fmt: skip
+        else:
+            p_full_grad = tl.multiple_of(grad.to(tl.pointer_type(tl.float32)), 16)
+            _update_part(
+                p_param, p_full_grad, p_avg, p_avg_sq, rounded, first, last, lr, scale, correction1, correction2,
+                beta1, beta2, eps, weight_decay, BLOCK, HALF,
             )  # fmt: skip
 
 
 @triton.jit
 def adamw_corrections_kernel(
-    table_ptr,  # [P, 7] int64
+    table_ptr,  # [P, 8] int64
     correction_ptr,  # [P, 2] float32
     skip_ptr,  # 0-d float32
     num_params,
@@ -142,7 +162,8 @@ def launch_adamw(
 
     Arguments:
         table: made for these parameters by `make_table`.
-        params, grads, exp_avgs, exp_avg_sqs: contiguous float32, each beginning on 16 bytes.
+        params, grads, exp_avgs, exp_avg_sqs: contiguous float32, each beginning on 16 bytes; gradients may be of half
+            precision instead, all that are of one type.
         steps: 0-d float32 each, the number of steps before this one, which is counted.
         rounded: tensors that are given the new values, or None; all of one type, which is float32 where a layer that
             trains in it keeps several weights as one matrix.
@@ -154,9 +175,18 @@ def launch_adamw(
     check_launchable("adamw", *params, *grads, lr, grad_scale, skip)
     halves = {copy.dtype for copy in rounded if copy is not None}
     assert len(halves) <= 1, "copies of one type a launch"
-    check_addressable("adamw", *params, *grads, *exp_avgs, *exp_avg_sqs)
+    check_addressable("adamw", *params, *exp_avgs, *exp_avg_sqs)
+    check_addressable("adamw", *grads, dtypes=(torch.float32, torch.bfloat16, torch.float16))
+    grad_halves = {grad.dtype for grad in grads if grad.dtype != torch.float32}
+    assert len(grad_halves) <= 1, "half-precision gradients of one type a launch"
     rows = [
-        (*(x.data_ptr() for x in tensors), 0 if copy is None else copy.data_ptr(), step.data_ptr(), tensors[0].numel())
+        (
+            *(x.data_ptr() for x in tensors),
+            0 if copy is None else copy.data_ptr(),
+            step.data_ptr(),
+            tensors[0].numel(),
+            int(tensors[1].dtype != torch.float32),
+        )
         for *tensors, copy, step in zip(params, grads, exp_avgs, exp_avg_sqs, rounded, steps, strict=True)
     ]
     addresses = table.note(rows)
@@ -187,6 +217,7 @@ def launch_adamw(
         BLOCK=_BLOCK,
         BLOCKS=_BLOCKS,
         HALF=half,
+        GRAD_HALF=kinds[next(iter(grad_halves), torch.bfloat16)],
         num_warps=1 if INTERPRETED else 4,
     )
     # The launch writes behind autograd's back.

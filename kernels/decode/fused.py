@@ -21,7 +21,7 @@ from kernels.decode.reference import IGNORE_INDEX, DecodeOutput
 from kernels.decode.rows import PITCH_MULTIPLE, launch_rows, scale_
 from kernels.decode.totals import count_targets, sum_rows
 from kernels.launch import INTERPRETED, check_launchable
-from kernels.linear import RoundedWeights, add_product
+from kernels.linear import RoundedWeights, add_product, handed_over, stored_dtype
 
 LOGITS_BYTES = 208 * 2**20  # most that a chunk's logits may take: 2048 rows at V = 50257 in bfloat16
 WORKING_BYTES = 256 * 2**20  # and together with a copy of the weight rounded for this call alone
@@ -39,6 +39,11 @@ def chunk_rows(num_rows: int, row_bytes: int, weight_copy_bytes: int = 0) -> int
     return -(-num_rows // (num_chunks * _CHUNK_MULTIPLE)) * _CHUNK_MULTIPLE
 
 
+def _pitch(vocab_size: int) -> int:
+    """Length of a row of logits in memory."""
+    return -(-vocab_size // PITCH_MULTIPLE) * PITCH_MULTIPLE
+
+
 @torch.library.custom_op("neurogen::decode_forward", mutates_args=())
 def decode_forward(
     hidden: Tensor,
@@ -49,23 +54,27 @@ def decode_forward(
     hidden_needs_grad: bool,
     weight_needs_grad: bool,
     weight_copy_bytes: int,
+    weight_grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, hits and number of targets, and the gradients of the loss `[N, D]` and `[V, D]` (empty unless needed).
 
     rounded: the weight in hidden's type, with V rows or as many as a row of logits is padded to, the rest zero.
     weight_copy_bytes: what it takes from the working memory.
+    weight_grad_dtype: of the weight's gradient, to which each chunk's part is rounded.
     """
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
     loss_rows = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
     correct_rows = torch.empty(num_rows, dtype=torch.int32, device=hidden.device)
     grad_hidden = torch.empty(hidden.shape if hidden_needs_grad else (0,), dtype=hidden.dtype, device=hidden.device)
-    grad_weight = torch.empty(weight.shape if weight_needs_grad else (0,), dtype=weight.dtype, device=hidden.device)
+    grad_weight = torch.empty(
+        weight.shape if weight_needs_grad else (0,), dtype=weight_grad_dtype, device=hidden.device
+    )
     if num_rows == 0:
         num_targets = correct_rows.sum()
         return loss_rows.sum(), num_targets.clone(), num_targets, grad_hidden, grad_weight.zero_()
 
     hidden, target_ids = hidden.contiguous(), target_ids.contiguous()
-    pitch = -(-vocab_size // PITCH_MULTIPLE) * PITCH_MULTIPLE
+    pitch = _pitch(vocab_size)
     rows_at_a_time = chunk_rows(num_rows, pitch * hidden.element_size(), weight_copy_bytes)
     buffer = torch.empty(rows_at_a_time, pitch, dtype=hidden.dtype, device=hidden.device)
     counters = torch.empty(1 + -(-num_rows // rows_at_a_time), dtype=torch.int32, device=hidden.device)
@@ -126,14 +135,15 @@ def _runs_in_one_launch(hidden: Tensor, vocab_size: int) -> bool:
 
 @decode_forward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    hidden, weight, rounded, target_ids, ignore_index, hidden_needs_grad, weight_needs_grad, weight_copy_bytes
-):
+    hidden, weight, rounded, target_ids, ignore_index, hidden_needs_grad, weight_needs_grad, weight_copy_bytes,
+    weight_grad_dtype,
+):  # fmt: skip
     return (
         hidden.new_empty((), dtype=torch.float32),
         target_ids.new_empty(()),
         target_ids.new_empty(()),
         hidden.new_empty(hidden.shape if hidden_needs_grad else (0,)),
-        weight.new_empty(weight.shape if weight_needs_grad else (0,)),
+        weight.new_empty(weight.shape if weight_needs_grad else (0,), dtype=weight_grad_dtype),
     )
 
 
@@ -143,21 +153,22 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)  # zeros the size of the weight, for results that have no gradient
     ctx.save_for_backward(grad_hidden, grad_weight)
     ctx.hidden_needs_grad, ctx.weight_needs_grad = inputs[5], inputs[6]
+    ctx.weight = inputs[1]
 
 
 def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     # In place: a second backward through the same loss is refused by autograd's version check, not scaled twice.
     grad_hidden, grad_weight = ctx.saved_tensors
     if grad_loss is None:
-        return (None,) * 8
+        return (None,) * 9
     if ctx.hidden_needs_grad:
         scale_(grad_hidden, grad_loss)
     if ctx.weight_needs_grad:
         scale_(grad_weight, grad_loss)
     return (
         grad_hidden if ctx.hidden_needs_grad else None,
-        grad_weight if ctx.weight_needs_grad else None,
-        *(None,) * 6,
+        handed_over(ctx.weight, grad_weight) if ctx.weight_needs_grad else None,
+        *(None,) * 7,
     )
 
 
@@ -198,8 +209,11 @@ def decode_fused(
     else:
         weight_copy = F.pad(weight.detach().to(hidden.dtype), (0, 0, 0, -weight.shape[0] % PITCH_MULTIPLE))
         copy_bytes = weight_copy.numel() * weight_copy.element_size()
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    row_bytes = _pitch(weight.shape[0]) * hidden.element_size()
+    is_one_chunk = chunk_rows(len(rows), row_bytes, copy_bytes) >= len(rows) > 0
     loss, num_correct, num_targets, _, _ = decode_forward(
-        hidden.reshape(-1, hidden.shape[-1]),
+        rows,
         weight,
         weight_copy,
         target_ids.reshape(-1),
@@ -207,5 +221,6 @@ def decode_fused(
         recorded and hidden.requires_grad,
         recorded and weight.requires_grad,
         copy_bytes,
+        stored_dtype(weight, rows) if is_one_chunk else weight.dtype,
     )
     return DecodeOutput(loss, num_correct, num_targets)

@@ -3,18 +3,29 @@
 from torch import Tensor
 
 from kernels.backend import check_backend
-from kernels.linear.beside import idle_gpu, product_gradients, sum_gradient, weight_gradients_beside
+from kernels.linear.beside import (
+    HOLDS_HALF_GRADIENTS,
+    handed_over,
+    idle_gpu,
+    product_gradients,
+    stored_dtype,
+    sum_gradient,
+    weight_gradients_beside,
+)
 from kernels.linear.products import add_product, product
 from kernels.linear.rounded import RoundedWeights
 from kernels.precision import full_precision_linear as _reference
 
 __all__ = [
+    "HOLDS_HALF_GRADIENTS",
     "RoundedWeights",
     "add_product",
     "full_precision_linear",
+    "handed_over",
     "idle_gpu",
     "product",
     "product_gradients",
+    "stored_dtype",
     "sum_gradient",
     "weight_gradients_beside",
 ]

@@ -8,6 +8,9 @@ placed first, and later launches of the backward pass go before whatever product
 
 Only gradients that nobody needs earlier are put off: those of leaves that had no gradient and no hook when the context
 was opened. Others are returned to autograd, made at once.
+
+Such a gradient is written once, by one product, and read twice, by the norm and the optimiser; with few rows that is
+what a step's time goes to. So the context may have them stored in half precision, rounded once from sums in float32.
 """
 
 import contextlib
@@ -21,6 +24,8 @@ from kernels.linear.products import add_product, product
 # What a put-off gradient is made of lives until the context ends. It may be as large as the gradient itself, or this;
 # with more rows than that the GPU is busy anyway.
 _MIN_KEPT_BYTES = 2**20
+# Before torch 2.10 the gradient of a float32 tensor is float32.
+HOLDS_HALF_GRADIENTS = hasattr(Tensor, "grad_dtype")
 
 Compute = Callable[[Tensor], object]  # writes a gradient into the tensor given
 
@@ -35,9 +40,19 @@ class PutOff:
         weights: whose gradients may be put off.
         device: theirs.
         stream: where they are made; None: on the current one.
+        half: the type that gradients are stored in whose product's operands have it; None: the weight's own.
     """
 
-    def __init__(self, weights: Iterable[Tensor], device: torch.device, stream: torch.cuda.Stream | None) -> None:
+    def __init__(
+        self,
+        weights: Iterable[Tensor],
+        device: torch.device,
+        stream: torch.cuda.Stream | None,
+        *,
+        half: torch.dtype | None = None,
+    ) -> None:
+        assert half is None or HOLDS_HALF_GRADIENTS, "this torch keeps gradients in their weight's type"
+        self.half = half
         self._weights = {id(weight) for weight in weights if _is_unread(weight)}
         self._stream = stream
         self._main = None if stream is None else torch.cuda.current_stream(device)
@@ -48,10 +63,18 @@ class PutOff:
 
     def takes(self, weights: Sequence[Tensor], operands: Sequence[Tensor]) -> bool:
         """Whether the gradient of `weights`, which lie one above another in it, can be put off."""
-        if any(id(weight) not in self._weights or weight.dtype != weights[0].dtype for weight in weights):
+        if any(weight.dtype != weights[0].dtype for weight in weights):
             return False
-        kept, made = (sum(x.numel() * x.element_size() for x in tensors) for tensors in (operands, weights))
-        return kept <= max(made, _MIN_KEPT_BYTES) and self._is_main()
+        return all(self.takes_made(weight) for weight in weights) and _are_few(weights, operands) and self._is_main()
+
+    def takes_made(self, weight: Tensor) -> bool:
+        """Whether `give` takes a gradient of this weight."""
+        return id(weight) in self._weights
+
+    def give(self, weight: Tensor, gradient: Tensor) -> None:
+        """Have a gradient that is made already."""
+        self._weights.remove(id(weight))  # a second gradient is autograd's to return
+        self._made.append((weight, gradient))
 
     def put(self, weights: Sequence[Tensor], gradient: Tensor, compute: Compute) -> None:
         """Have `compute` write into `gradient` later."""
@@ -76,7 +99,11 @@ class PutOff:
         self._begin(self._waiting, None if self._main is None else self._main.record_event())
         self.join()
         for weight, gradient in self._made:
-            weight.grad = gradient if weight.grad is None else weight.grad + gradient
+            if weight.grad is not None:
+                gradient = weight.grad + gradient
+            if gradient.dtype != weight.dtype:
+                weight.grad_dtype = None  # type: ignore[attr-defined]  # any; the next one may be of either type
+            weight.grad = gradient
 
     def join(self) -> None:
         """Let the main stream wait for what has begun; then what that reads may be freed."""
@@ -105,8 +132,13 @@ def _is_unread(weight: Tensor) -> bool:
     return weight.requires_grad and weight.is_leaf and weight.grad is None and not hooks
 
 
+def _are_few(weights: Sequence[Tensor], operands: Sequence[Tensor]) -> bool:
+    kept, made = (sum(x.numel() * x.element_size() for x in tensors) for tensors in (operands, weights))
+    return kept <= max(made, _MIN_KEPT_BYTES)
+
+
 @contextlib.contextmanager
-def weight_gradients_beside(weights: Iterable[Tensor]) -> Iterator[None]:
+def weight_gradients_beside(weights: Iterable[Tensor], *, half: torch.dtype | None = None) -> Iterator[None]:
     """Around `backward()`: some gradients of `weights` are made on another stream, the same numbers as without.
 
     They are in `.grad` when the context ends, not before, and the current stream waits for them there. Without weights,
@@ -115,6 +147,8 @@ def weight_gradients_beside(weights: Iterable[Tensor]) -> Iterator[None]:
     Arguments:
         weights: leaves on one device, whose gradients nobody but the caller reads: not those of a model that exchanges
             gradients with other processes during its backward pass.
+        half: `.grad` may be of this type where a float32 weight's gradient is one product of operands of it, or one
+            rounded sum; needs HOLDS_HALF_GRADIENTS. None where further gradients will be added to these.
     """
     weights = list(weights)
     device = weights[0].device if weights else torch.device("cpu")
@@ -123,7 +157,7 @@ def weight_gradients_beside(weights: Iterable[Tensor]) -> Iterator[None]:
         return
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)
-    with opened(PutOff(weights, device, _streams[device])):
+    with opened(PutOff(weights, device, _streams[device], half=half)):
         yield
 
 
@@ -146,11 +180,28 @@ def idle_gpu() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if _open is None else _open.beside()
 
 
+def stored_dtype(weight: Tensor, operand: Tensor) -> torch.dtype:
+    """The type that a gradient of `weight`, which the rows of `operand` are summed into once, is to be stored in and
+    then passed to `handed_over`; the weight's own where it goes another way."""
+    if _open is None or _open.half is None or not _open.takes_made(weight) or not _are_few([weight], [operand]):
+        return weight.dtype
+    return _open.half
+
+
+def handed_over(weight: Tensor, gradient: Tensor) -> Tensor | None:
+    """The gradient, for autograd; None if it is kept for the end of the context instead."""
+    if _open is None or gradient.dtype == weight.dtype:
+        return gradient
+    _open.give(weight, gradient)
+    return None
+
+
 def product_gradients(weights: Sequence[Tensor], a: Tensor, b: Tensor) -> tuple[Tensor | None, ...]:
     """a b `[M, N]`, the gradient of `weights`, one above another in its first rows.
 
     Returns:
-        Each weight's in its own type; None where it was put off.
+        Each weight's in its own type; None where it was put off, to be in `.grad` later, in half precision if the
+        context says so.
     """
     dtype = weights[0].dtype
     for weight in weights[1:]:
@@ -182,7 +233,9 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     if _open is not None and _open.takes(weights, operands):
         # Memory of the main stream, which has done with it when the other stream begins.
-        gradient = torch.empty(shape, dtype=weights[0].dtype, device=operands[0].device)
+        is_half = len(operands) > 1 and operands[0].dtype == _open.half
+        dtype = operands[0].dtype if is_half else weights[0].dtype
+        gradient = torch.empty(shape, dtype=dtype, device=operands[0].device)
         _open.put(weights, gradient, later)
         return (None,) * len(weights)
     gradient = at_once()

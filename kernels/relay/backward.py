@@ -177,11 +177,12 @@ def relay_backward_launch(
     taps: Tensor,
     document_start: Tensor | None,
     eps: float,
+    grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the embedding and the taps; arguments as for `relay_fused`."""
+    """Gradients of the embedding, in grad_dtype, and the taps; other arguments as for `relay_fused`."""
     num_taps, width = taps.shape
     lanes, num_tokens = input_ids.shape
-    grad_embedding = torch.zeros_like(embedding, memory_format=torch.contiguous_format)
+    grad_embedding = torch.zeros_like(embedding, dtype=grad_dtype, memory_format=torch.contiguous_format)
     if lanes * num_tokens == 0:
         return grad_embedding, torch.zeros_like(taps, memory_format=torch.contiguous_format)
     grad_x, embedding, taps = grad_x.contiguous(), embedding.contiguous(), taps.contiguous()

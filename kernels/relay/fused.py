@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import check_launchable
+from kernels.linear import handed_over, stored_dtype
 from kernels.relay.backward import relay_backward_launch, row_warps
 from kernels.relay.history import load_ids
 
@@ -119,14 +120,16 @@ def relay_backward(
     taps: Tensor,
     document_start: Tensor | None,
     eps: float,
+    grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients `[V, D]` of the embedding and `[J, D]` of the taps from that of x; the same bits every time."""
-    return relay_backward_launch(grad_x, input_ids, recent_ids, embedding, taps, document_start, eps)
+    """Gradients `[V, D]` of the embedding, in grad_dtype, and `[J, D]` of the taps from that of x; the same bits every
+    time."""
+    return relay_backward_launch(grad_x, input_ids, recent_ids, embedding, taps, document_start, eps, grad_dtype)
 
 
 @relay_backward.register_fake
-def _(grad_x, input_ids, recent_ids, embedding, taps, document_start, eps):  # type: ignore[no-untyped-def]
-    return torch.empty_like(embedding), torch.empty_like(taps)
+def _(grad_x, input_ids, recent_ids, embedding, taps, document_start, eps, grad_dtype):  # type: ignore[no-untyped-def]
+    return torch.empty_like(embedding, dtype=grad_dtype), torch.empty_like(taps)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -134,13 +137,15 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
     ctx.eps = eps
+    ctx.embedding = inputs[2]  # the leaf: what was saved is another object
 
 
 def _backward(ctx, grad_x, grad_carried):  # type: ignore[no-untyped-def]
     if grad_x is None:
         return (None,) * 7
-    grads = relay_backward(grad_x, *ctx.saved_tensors, ctx.eps)
-    return None, None, *grads, None, None, None
+    grad_dtype = stored_dtype(ctx.embedding, grad_x)
+    grad_embedding, grad_taps = relay_backward(grad_x, *ctx.saved_tensors, ctx.eps, grad_dtype)
+    return None, None, handed_over(ctx.embedding, grad_embedding), grad_taps, None, None, None
 
 
 relay_forward.register_autograd(_backward, setup_context=_setup_context)

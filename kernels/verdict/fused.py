@@ -15,7 +15,7 @@ from kernels.verdict.reference import CLIP_EPS, LEAST_FACTOR, History
 _BLOCK = 2048  # numbers a program reads at a time
 _PART = 16 * _BLOCK  # and in all
 _SUMS_AT_A_TIME = 2048
-_COLUMNS = tl.constexpr(2)  # of the table: address and number of elements
+_COLUMNS = tl.constexpr(3)  # of the table: address, number of elements, and whether they are of half precision
 
 
 @triton.jit
@@ -23,30 +23,42 @@ def _sum_of_squares(p_grad, first, last, BLOCK: tl.constexpr):
     b_sum = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(first, last, BLOCK, num_stages=2):
         offsets = start + tl.arange(0, BLOCK)
-        b_grad = tl.load(p_grad + offsets, mask=offsets < last, other=0.0)
+        b_grad = tl.load(p_grad + offsets, mask=offsets < last, other=0.0).to(tl.float32)
         b_sum += b_grad * b_grad
     return tl.sum(b_sum, axis=0)
 
 
 @triton.jit
+def _part_of_squares(p_grad, first, last, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    # A mask that ends on a multiple of WIDTH lets so many numbers be read at once. A product says so, not
+    # `tl.multiple_of`: that is believed of `last` in the other branch as well.
+    if last % WIDTH == 0:
+        total = _sum_of_squares(p_grad, first, last // WIDTH * WIDTH, BLOCK)
+    else:
+        total = _sum_of_squares(p_grad, first, last, BLOCK)
+    return total
+
+
+@triton.jit
 def square_sums_kernel(
-    table_ptr,  # [P, 2] int64
+    table_ptr,  # [P, 3] int64
     block_ptr,  # [programs, 2] int32: which tensor, and which part of it
     sum_ptr,  # [programs] float32
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
+    HALF: tl.constexpr,
 ):
     i_program = tl.program_id(0)
     row = table_ptr + tl.load(block_ptr + 2 * i_program) * _COLUMNS
-    p_grad = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.float32)), 16)
+    grad = tl.load(row)
     first = tl.load(block_ptr + 2 * i_program + 1).to(tl.int64) * PART
     last = tl.minimum(first + PART, tl.load(row + 1))
-    # A mask that ends on a multiple of four lets four numbers be read at once. A product says so, not `tl.multiple_of`:
-    # that is believed of `last` in the other branch as well.
-    if last % 4 == 0:
-        total = _sum_of_squares(p_grad, first, last // 4 * 4, BLOCK)
+    if tl.load(row + 2) != 0:
+        p_grad = tl.multiple_of(grad.to(tl.pointer_type(HALF)), 16)
+        total = _part_of_squares(p_grad, first, last, 8, BLOCK)
     else:
-        total = _sum_of_squares(p_grad, first, last, BLOCK)
+        p_full_grad = tl.multiple_of(grad.to(tl.pointer_type(tl.float32)), 16)
+        total = _part_of_squares(p_full_grad, first, last, 4, BLOCK)
     tl.store(sum_ptr + i_program, total)
 
 
@@ -119,19 +131,29 @@ def gradient_norm_fused(table: AddressTable, grads: Sequence[Tensor]) -> Tensor:
 
     Arguments:
         table: made by `make_norm_table` for tensors of these sizes.
-        grads: contiguous float32, each beginning on 16 bytes.
+        grads: contiguous float32, or half precision all of one type, each beginning on 16 bytes.
 
     Raises:
-        ValueError: a tensor is not contiguous float32 on one device, or not aligned.
+        ValueError: a tensor is not contiguous and of these types on one device, or not aligned.
     """
     check_launchable("gradient_norm", *grads)
-    check_addressable("gradient_norm", *grads)
-    addresses = table.note([(grad.data_ptr(), grad.numel()) for grad in grads])
+    check_addressable("gradient_norm", *grads, dtypes=(torch.float32, torch.bfloat16, torch.float16))
+    halves = {grad.dtype for grad in grads if grad.dtype != torch.float32}
+    assert len(halves) <= 1, "half-precision gradients of one type a launch"
+    addresses = table.note([(grad.data_ptr(), grad.numel(), int(grad.dtype != torch.float32)) for grad in grads])
     num_programs = len(table.blocks)
     sums = torch.empty(num_programs, dtype=torch.float32, device=grads[0].device)
     norm = torch.empty((), dtype=torch.float32, device=grads[0].device)
     num_warps = 1 if INTERPRETED else 4
-    square_sums_kernel[(num_programs,)](addresses, table.blocks, sums, BLOCK=_BLOCK, PART=_PART, num_warps=num_warps)
+    square_sums_kernel[(num_programs,)](
+        addresses,
+        table.blocks,
+        sums,
+        BLOCK=_BLOCK,
+        PART=_PART,
+        HALF=tl.float16 if torch.float16 in halves else tl.bfloat16,
+        num_warps=num_warps,
+    )
     block = min(_SUMS_AT_A_TIME, triton.next_power_of_2(num_programs))
     root_kernel[(1,)](sums, norm, num_programs, BLOCK=block, num_warps=min(max(block // 256, 1), 8))
     return norm

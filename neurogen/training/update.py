@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from kernels.addresses import AddressTable
-from kernels.linear import weight_gradients_beside
+from kernels.linear import HOLDS_HALF_GRADIENTS, weight_gradients_beside
 from neurogen.brain import BrainState
 from neurogen.data import Batch
 from neurogen.data.batches import IGNORE
 from neurogen.learning import BPTT, LearningRule
 from neurogen.probes import stage
+from neurogen.training.adamw import FusedAdamW
 from neurogen.training.distributed import SINGLE, World, whole
 from neurogen.training.guard import Guard
 from neurogen.training.optimizer import ModelOptimizer
@@ -97,6 +98,9 @@ class Update:
         self._params = [param for param in model.parameters() if param.requires_grad]
         # Whose gradients are back-propagated, and read by nobody before that has ended: other ranks' are.
         self._unshared = self._params if world.size == 1 and isinstance(self.learning, BPTT) else []
+        reads_half = HOLDS_HALF_GRADIENTS and all(isinstance(each, FusedAdamW) for each in optimizer.optimizers)
+        is_half = precision.activations.itemsize == 2
+        self._half_gradients = precision.activations if is_half and reads_half else None
         self._norm_table: AddressTable | None = None
 
     def __call__(
@@ -129,7 +133,9 @@ class Update:
             share = count / max(1, num_targets) if count or self.world.size > 1 else None
             averaged = None if share is None else share * self.world.size  # gradients are averaged over ranks
             accumulating = self.world.accumulating(self._spread, last=index == len(batches) - 1)
-            with accumulating, weight_gradients_beside(self._unshared):
+            # Parts' gradients are added up, which takes float32.
+            half = self._half_gradients if len(batches) == 1 else None
+            with accumulating, weight_gradients_beside(self._unshared, half=half):
                 out = self.learning.learn(self._spread, part, state, share=averaged, autocast=self.precision.autocast)
             if share is not None:
                 losses.append(out.loss if share == 1.0 else out.loss * share)
@@ -171,7 +177,8 @@ class Update:
 def _is_plain(grad: Tensor) -> bool:
     """Whether `kernels.verdict.fused` can read it."""
     is_whole = grad.is_cuda and type(grad) is Tensor
-    return is_whole and grad.dtype == torch.float32 and grad.is_contiguous() and grad.data_ptr() % 16 == 0
+    readable = grad.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return is_whole and readable and grad.is_contiguous() and grad.data_ptr() % 16 == 0
 
 
 def _sum(numbers: list[Tensor]) -> Tensor:

@@ -60,7 +60,8 @@ def is_amid_nan(inside: Tensor) -> bool:
 
 
 class CompileCase(NamedTuple):
-    """One kernel to compile: `module.kernel`, types of its run-time arguments, its constants, and the launch."""
+    """One kernel to compile: `module.kernel`, types of its run-time arguments, its constants (`"tl.bfloat16"` for a
+    type), and the launch."""
 
     module: str
     kernel: str
@@ -100,6 +101,8 @@ def check_compiled(cases: list[CompileCase], capabilities: tuple[int, ...] = (89
 
 
 def _main() -> None:
+    import triton.language as tl
+
     from kernels.offline import compile_kernel
 
     results = []
@@ -108,11 +111,15 @@ def _main() -> None:
         case = CompileCase(**entry)
         kernel = getattr(importlib.import_module(case.module), case.kernel)
         signature = {name: case.signature.get(name, "constexpr") for name in kernel.arg_names}
+        constants = {
+            name: getattr(tl, value[3:]) if isinstance(value, str) and value.startswith("tl.") else value
+            for name, value in case.constexprs.items()
+        }
         for capability in capabilities:
             resources, machine_code = compile_kernel(
                 kernel,
                 signature,
-                case.constexprs,
+                constants,
                 capability=capability,
                 num_warps=case.num_warps,
                 num_stages=case.num_stages,

@@ -29,10 +29,13 @@ def make_parameters(seed=0):
     return params, grads, averages, squares
 
 
+@pytest.mark.parametrize("half_grads", [(), (0, 2), (1, 3)], ids=str)
 @pytest.mark.parametrize("copy_dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("count", [1.0, 1000.0])
-def test_formula(count, copy_dtype):
+def test_formula(count, copy_dtype, half_grads):
     tensors = make_parameters()
+    for index in half_grads:
+        tensors[1][index] = tensors[1][index].half()
     expected = [[x.double() for x in kind] for kind in tensors]
     steps = [number(count - 1.0) for _ in SHAPES]
     rounded = [None, torch.zeros(SHAPES[1], dtype=copy_dtype, device=DEVICE), None, None]
@@ -57,10 +60,12 @@ def test_formula(count, copy_dtype):
     assert [float(step) for step in steps] == [count] * len(SHAPES)
 
 
-def test_nothing_beside_the_tensors_is_touched():
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.float16], ids=str)
+def test_nothing_beside_the_tensors_is_touched(grad_dtype):
     """The launch reads and writes four numbers at a time only where there are four."""
     sizes = (1, 2, 3, 5, 1023, 2052)
     tensors = [[amid_nan(torch.rand(size, device=DEVICE)) for size in sizes] for _ in range(4)]
+    tensors[1] = [amid_nan(grad.to(grad_dtype)) for grad in tensors[1]]
     copies = [amid_nan(torch.rand(size, device=DEVICE).half()) for size in sizes]
     expected = [[x.double().clone() for x in kind] for kind in tensors]
     launch_adamw(
@@ -124,7 +129,8 @@ def test_skipping_leaves_everything():
 
 def test_what_the_launch_would_misread_is_refused():
     params, grads, averages, squares = make_parameters()
-    for wrong in (grads[0].double(), grads[0].t(), torch.randn(25, device=DEVICE)[1:].view(3, 8)):
+    misaligned = torch.randn(25, device=DEVICE)[1:].view(3, 8)
+    for wrong in (grads[0].double(), grads[0].t(), misaligned, misaligned.half().t()):
         with pytest.raises(ValueError, match=r"contiguous float32|float64"):
             launch_adamw(
                 make_table(params),

@@ -1,4 +1,4 @@
-"""What comes before AdamW's launch compiles for the GPUs it is meant for, and nothing spills."""
+"""AdamW's launches compile for the GPUs they are meant for, nothing spills, and numbers are read several at a time."""
 
 from fused_checks import CompileCase, check_compiled
 
@@ -8,3 +8,18 @@ CORRECTIONS = {"table_ptr": "*i64", "correction_ptr": "*fp32", "skip_ptr": "*fp3
 def test_no_spills():
     constants = {"LOG_BETA1": -0.1, "LOG_BETA2": -0.05, "BLOCK": 64}
     check_compiled([CompileCase("kernels.adamw.fused", "adamw_corrections_kernel", CORRECTIONS, constants, 4)])
+
+
+def test_gradients_of_either_precision_are_read_several_at_a_time():
+    pointers = dict.fromkeys(("correction_ptr", "lr_ptr", "grad_scale_ptr", "skip_ptr"), "*fp32")
+    signature = {"table_ptr": "*i64", "block_ptr": "*i32", **pointers}
+    signature |= dict.fromkeys(("beta1", "beta2", "eps", "weight_decay"), "fp32")
+    constants = {"BLOCK": 1024, "BLOCKS": 8, "HALF": "tl.bfloat16", "GRAD_HALF": "tl.bfloat16"}
+    case = CompileCase("kernels.adamw.fused", "adamw_kernel", signature, constants, 4)
+    (compiled,) = check_compiled([case], capabilities=(90,))
+    for copy in (
+        "LDGSTS.E.BYPASS.128",
+        "LDGSTS.E.64",
+        "LDG.E.U16",
+    ):  # four float32, four bfloat16, what is left of those
+        assert copy in compiled.machine_code, copy

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fused_checks import relative_error
 
 from kernels.launch import INTERPRETED
 from kernels.linear import beside, idle_gpu, product_gradients, sum_gradient, weight_gradients_beside
@@ -146,6 +147,70 @@ def test_a_whole_model_learns_the_same(rule, make_model: Callable[..., NeuroGen]
     assert late == projections | gates != set()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, expected[name]), name
+
+
+@pytest.mark.skipif(not beside.HOLDS_HALF_GRADIENTS, reason="this torch keeps gradients in their weight's type")
+class TestHalfGradients:
+    """float16 stands for any half precision: it can be multiplied here and in the interpreter."""
+
+    def open(self, weights):
+        return opened(PutOff(weights, torch.device("cpu"), None, half=torch.float16))
+
+    def test_a_product_of_half_precision_is_rounded_once(self):
+        weight, a, b = torch.zeros(3, 4, requires_grad=True), torch.randn(3, 8).half(), torch.randn(8, 4).half()
+        with self.open([weight]):
+            assert product_gradients([weight], a, b) == (None,)
+        assert weight.grad.dtype == torch.float16
+        torch.testing.assert_close(weight.grad.double(), a.double() @ b.double(), rtol=2**-11, atol=1e-3)
+
+    def test_others_keep_their_type(self):
+        _, weight, bias = leaves()
+        rows = torch.randn(7, 6)
+        with self.open([weight, bias]):
+            product_gradients([weight], torch.randn(6, 7), rows)
+            sum_gradient(bias, rows.half())
+        assert weight.grad.dtype == bias.grad.dtype == torch.float32
+
+    def test_a_second_gradient_is_added_in_float32(self):
+        weight, a, b = torch.zeros(3, 4, requires_grad=True), torch.randn(3, 8).half(), torch.randn(8, 4).half()
+        with self.open([weight]):
+            product_gradients([weight], a, b)
+            (weight * 2.0**-20).sum().backward()
+        assert weight.grad.dtype == torch.float32
+        torch.testing.assert_close(weight.grad, (a @ b).float() + 2.0**-20, rtol=0, atol=0)
+
+    def test_the_next_gradient_may_be_float32_again(self):
+        weight, a, b = torch.zeros(3, 4, requires_grad=True), torch.randn(3, 8).half(), torch.randn(8, 4).half()
+        with self.open([weight]):
+            product_gradients([weight], a, b)
+        weight.grad = None
+        (weight * 2.0**-20).sum().backward()
+        assert weight.grad.dtype == torch.float32
+        assert bool((weight.grad == 2.0**-20).all())
+
+    def test_only_few_rows_are_stored_so(self, monkeypatch):
+        monkeypatch.setattr(beside, "_MIN_KEPT_BYTES", 0)
+        weight = torch.zeros(5, 4, requires_grad=True)
+        with self.open([weight]):
+            assert beside.stored_dtype(weight, torch.zeros(5, 4)) == torch.float16
+            assert beside.stored_dtype(weight, torch.zeros(6, 4)) == torch.float32
+            assert beside.stored_dtype(torch.zeros(5, 4), torch.zeros(5, 4)) == torch.float32
+        assert beside.stored_dtype(weight, torch.zeros(5, 4)) == torch.float32
+
+    @pytest.mark.skipif(not INTERPRETED, reason="in float32; tests/training/test_recorded.py has steps on a GPU")
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_embedding_and_decoder_of_a_model(self, tied, make_model: Callable[..., NeuroGen]):
+        model = make_model(dtype=torch.float32, mode="fused", tie_embedding=tied, **SIZES)
+        ids = torch.randint(11, (1, 5), generator=torch.Generator().manual_seed(1))
+        model(ids, target_ids=ids.roll(-1, 1)).loss.backward()
+        expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+        model.zero_grad()
+        with self.open(model.parameters()):
+            model(ids, target_ids=ids.roll(-1, 1)).loss.backward()
+        tables = {"embedding.weight"} | (set() if tied else {"decoder.weight"})
+        for name, parameter in model.named_parameters():
+            assert parameter.grad.dtype == (torch.float16 if name in tables and not tied else torch.float32), name
+            assert relative_error(parameter.grad, expected[name]) < 2**-11, name
 
 
 @pytest.mark.gpu

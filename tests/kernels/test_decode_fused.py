@@ -198,7 +198,8 @@ def test_operators_are_well_formed():
     # Not the check of compilation, which takes the gradients among the outputs too, as no caller does; see below.
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = (hidden, weight, weight.detach().clone(), target_ids, -100, True, True, 0)
-    torch.library.opcheck(fused.decode_forward, arguments, test_utils=utils)
+    for grad_dtype in (torch.float32, torch.float16):
+        torch.library.opcheck(fused.decode_forward, (*arguments, grad_dtype), test_utils=utils)
     torch.library.opcheck(scale_, (torch.ones(3), torch.tensor(2.0)))
 
 

@@ -118,9 +118,9 @@ def test_operators_are_well_formed():
     input_ids, embedding, taps, recent_ids, document_start = make_inputs(num_tokens=3, dtype=torch.float32)
     embedding.requires_grad_()
     torch.library.opcheck(relay_forward, (input_ids, recent_ids, embedding, taps, document_start, 1e-6, torch.float32))
-    torch.library.opcheck(
-        relay_backward, (torch.randn(3, 3, 5), input_ids, recent_ids, embedding.detach(), taps, document_start, 1e-6)
-    )
+    arguments = (torch.randn(3, 3, 5), input_ids, recent_ids, embedding.detach(), taps, document_start, 1e-6)
+    for grad_dtype in (torch.float32, torch.float16):
+        torch.library.opcheck(relay_backward, (*arguments, grad_dtype))
 
 
 def test_compiles_into_one_graph():

@@ -38,8 +38,17 @@ def test_norm(monkeypatch):
         fused.gradient_norm_fused(table, [*grads[:2], grads[2].t(), grads[3]])
 
 
-def test_norm_reads_nothing_beside_the_gradients():
-    grads = [amid_nan(torch.randn(size, device=DEVICE)) for size in (1, 2, 3, 5, 4095, 4097)]
+def test_norm_of_both_precisions_together():
+    grads = [torch.randn(size, device=DEVICE) for size in (8, 67, 320, 1, 4096, 40000)]
+    grads[1::2] = [grad.half() for grad in grads[1::2]]
+    expected = torch.cat([grad.double() for grad in grads]).norm()
+    got = fused.gradient_norm_fused(fused.make_norm_table(grads), grads)
+    assert float(got) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_norm_reads_nothing_beside_the_gradients(dtype):
+    grads = [amid_nan(torch.randn(size, device=DEVICE).to(dtype)) for size in (1, 2, 3, 5, 12, 4095, 4097)]
     expected = torch.cat([grad.double() for grad in grads]).norm()
     got = fused.gradient_norm_fused(fused.make_norm_table(grads), grads)
     assert float(got) == pytest.approx(float(expected), rel=1e-6)
@@ -81,7 +90,7 @@ def test_compiles_without_spills():
     of = "kernels.verdict.fused"
     first, *_ = check_compiled(
         [
-            CompileCase(of, "square_sums_kernel", sums, {"BLOCK": 2048, "PART": 32768}, 4),
+            CompileCase(of, "square_sums_kernel", sums, {"BLOCK": 2048, "PART": 32768, "HALF": "tl.bfloat16"}, 4),
             CompileCase(of, "root_kernel", root, {"BLOCK": 2048}, 8),
             CompileCase(of, "verdict_kernel", verdict, {**constants, "SIGMA": 5.0}, 1),
             CompileCase(of, "verdict_kernel", verdict, {**constants, "SIGMA": -1.0}, 1),

@@ -74,6 +74,34 @@ def walk(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not beside.HOLDS_HALF_GRADIENTS, reason="this torch keeps gradients in their weight's type")
+def test_gradients_in_half_precision_are_those_in_float32_rounded_once() -> None:
+    """Also where they come from several ops, and only where AdamW alone reads them."""
+    found = {}
+    for half in (True, False):
+        update = make_update("adamw")
+        if not half:
+            update._half_gradients = None
+        update.optimizer.zero_grad()
+        norm = update.backward([make_batch(0)], [None]).grad_norm
+        found[half] = {name: param.grad for name, param in update.model.named_parameters()}, float(norm)
+    (stored, norm), (full, exact) = found[True], found[False]
+    for name, grad in full.items():
+        assert grad.dtype == torch.float32, name
+        difference = (stored[name].double() - grad.double()).norm()
+        assert float(difference) <= 2**-8 * float(grad.double().norm()), name
+    assert norm == pytest.approx(exact, rel=1e-3)
+    names = {name for name, grad in stored.items() if grad.dtype == torch.bfloat16}
+    assert {"embedding.weight", "decoder.weight"} < names
+    assert {name for name in stored if "proj.weight" in name} < names
+    assert not any(name.endswith(("bias", "lateral_weight", "taps")) for name in names)
+
+    update = make_update("muon")
+    update.backward([make_batch(0)], [None])
+    assert all(param.grad.dtype == torch.float32 for param in update.model.parameters())
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("carried", [True, False])
 def test_recorded_steps_are_plain_steps_bit_for_bit(optimizer: str, carried: bool) -> None:
