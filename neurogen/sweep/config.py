@@ -46,7 +46,7 @@ class OptunaConfig:
 
 @dataclass
 class LocalConfig:
-    """Jobs as processes of this machine, `at_once` of them together."""
+    """Jobs as processes of this machine, `at_once` of them together; with several GPUs each job sees one, in turns."""
 
     name: str = "local"
     at_once: int = 1

@@ -8,6 +8,7 @@ sweep/
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -129,17 +130,30 @@ def _has_finished(job: Job) -> bool:
     return isinstance(record, dict) and record.get("state") == FINISHED and status.get("state") == FINISHED
 
 
-def run_job(job: Job, script: str, stopped: Callable[[], signal.Signals | None] = lambda: None) -> Job:
+def run_job(
+    job: Job,
+    script: str,
+    stopped: Callable[[], signal.Signals | None] = lambda: None,
+    *,
+    visible_gpu: str | None = None,
+) -> Job:
     """Run a job in a process and wait; return it with its outcome, which is on disk as well.
 
     stopped: the signal that asks for the end, or None; it is passed on once, so that the run saves and leaves.
+    visible_gpu: the only one that the process sees; None for all that this one sees.
     """
+    environment = os.environ if visible_gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": visible_gpu}
     began = time.perf_counter()
     passed_on = False
     with job.log_path.open("wb") as log:
         # A session of its own: the terminal's Ctrl-C reaches it by us alone, once.
         process = subprocess.Popen(
-            job.command(script), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            job.command(script),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=environment,
         )
         while True:
             try:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import queue
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from neurogen.errors import UserError
 from neurogen.sweep.config import LocalConfig, SlurmConfig
@@ -33,15 +37,33 @@ def _run_here(
     def asked() -> signal.Signals | None:
         return signal.Signals[stop.name] if stop.name is not None else None
 
+    places: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # one a running job
+    for place in deal_gpus(at_once):
+        places.put(place)
+
     def run(job: Job) -> Job:
         if stop.requested:
             job.state = INTERRUPTED
             return job
-        return run_job(job, script, asked)
+        place = places.get()
+        try:
+            return run_job(job, script, asked, visible_gpu=place)
+        finally:
+            places.put(place)
 
     with ThreadPoolExecutor(at_once) as pool:
         for done in as_completed([pool.submit(run, job) for job in jobs]):
             ended(done.result())
+
+
+def deal_gpus(at_once: int) -> list[str | None]:
+    """The GPU that each of `at_once` jobs running together sees, in turns over those that this process sees; None, and
+    so the first of them, where a job runs alone or there is no choice."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [str(i) for i in range(torch.cuda.device_count())] if named is None else [x for x in named.split(",") if x]
+    if at_once == 1 or len(gpus) < 2:
+        return [None] * at_once
+    return [gpus[i % len(gpus)] for i in range(at_once)]
 
 
 def make_executor(config: SlurmConfig, folder: Path) -> Any:

@@ -4,6 +4,7 @@ It starts in no time, counts its calls, fails at seed=13 and, at seed=14, waits 
 """
 
 import json
+import os
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ settings = dict(word.split("=", 1) for word in sys.argv[1:])
 run = Path(settings["run_dir"].strip("'"))
 lr = float(settings["optimizer.lr"])
 print("started", sys.argv[1:], flush=True)
+print("sees GPUs", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
 if settings.get("seed") == "13":
     raise RuntimeError("thirteen")
 if settings.get("seed") == "14":

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from neurogen.config.compose import build_config, compose_node
 from neurogen.errors import UserError
 from neurogen.sweep.config import GridConfig, LocalConfig, OptunaConfig, SlurmConfig, SweepConfig
-from neurogen.sweep.launchers import make_executor
+from neurogen.sweep.launchers import deal_gpus, make_executor
 from neurogen.sweep.run import is_sweep, run_sweep
 from neurogen.sweep.space import Space
 
@@ -54,6 +55,21 @@ def test_a_grid_runs_every_combination_once_and_sums_up() -> None:
     assert sweep("optimizer.lr=0.1,0.4,0.9", "model=nano,small") == 0  # the same and more: only what is new runs
     assert calls() == 6
     assert len(summary()) == 6
+
+
+def test_jobs_that_run_together_are_dealt_over_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,2")
+    assert deal_gpus(1) == [None]
+    assert deal_gpus(3) == ["5", "2", "5"]
+    assert sweep("optimizer.lr=0.1,0.2,0.3,0.4", "launcher.at_once=2") == 0
+    seen = [path.read_text().split("sees GPUs ")[1].strip() for path in Path("s").glob("*.log")]
+    assert set(seen) == {"5", "2"}
+    assert len(seen) == 4
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert deal_gpus(2) == [None, None]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert deal_gpus(2) == ["0", "1"]
 
 
 def test_a_failed_job_is_recorded_and_the_others_go_on(capsys: pytest.CaptureFixture[str]) -> None:
