@@ -55,12 +55,15 @@ def summary(path: Path) -> str:
 
 
 def plot(path: Path, picture: Path) -> None:
-    """A row of bars for each op and shape: median time of each provider, with its spread from p20 to p80."""
+    """A row of bars for each op and shape: median time of each provider, with its spread from p20 to p80; no picture
+    where nothing was timed."""
     groups = {
         key: sorted((row for row in rows if row["median"] is not None), key=lambda row: row["median"])
         for key, rows in _groups(path).items()
     }
     groups = {key: rows for key, rows in groups.items() if rows}
+    if not groups:
+        return
     heights = [0.6 + 0.3 * len(rows) for rows in groups.values()]
     figure, axes = plt.subplots(
         len(groups), 1, figsize=(9, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"

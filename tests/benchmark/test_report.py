@@ -52,6 +52,13 @@ def test_the_picture_is_one(results, tmp_path):
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_nothing_timed_is_no_picture(tmp_path):
+    path = tmp_path / "kernels.json"
+    path.write_text(json.dumps([make_row("broken", None)]))
+    plot(path, tmp_path / "bars.png")
+    assert not (tmp_path / "bars.png").exists()
+
+
 def test_a_document_is_given_its_section(results, tmp_path):
     document = tmp_path / "BENCHMARKS.md"
     document.write_text("before\n<!-- kernels -->\nold\n<!-- /kernels -->\nafter\n")
