@@ -37,15 +37,15 @@ def _update(
         mask = offsets < last
         b_grad = tl.load(p_grad + offsets, mask=mask, other=0.0).to(tl.float32) * scale
         b_param = tl.load(p_param + offsets, mask=mask, other=0.0)
-        b_avg = tl.load(p_avg + offsets, mask=mask, other=0.0)
-        b_avg_sq = tl.load(p_avg_sq + offsets, mask=mask, other=0.0)
+        b_avg = tl.load(p_avg + offsets, mask=mask, other=0.0).to(tl.float32)
+        b_avg_sq = tl.load(p_avg_sq + offsets, mask=mask, other=0.0).to(tl.float32)
         b_avg = beta1 * b_avg + (1.0 - beta1) * b_grad
         b_avg_sq = beta2 * b_avg_sq + (1.0 - beta2) * b_grad * b_grad
         b_denominator = tl.sqrt(b_avg_sq / correction2) + eps
         b_param = b_param * (1.0 - lr * weight_decay) - (lr / correction1) * b_avg / b_denominator
         tl.store(p_param + offsets, b_param, mask=mask)
-        tl.store(p_avg + offsets, b_avg, mask=mask)
-        tl.store(p_avg_sq + offsets, b_avg_sq, mask=mask)
+        tl.store(p_avg + offsets, b_avg.to(p_avg.dtype.element_ty), mask=mask)
+        tl.store(p_avg_sq + offsets, b_avg_sq.to(p_avg_sq.dtype.element_ty), mask=mask)
         if rounded != 0:
             p_rounded = tl.multiple_of(rounded.to(tl.pointer_type(HALF)), 16)
             tl.store(p_rounded + offsets, b_param.to(HALF), mask=mask)
@@ -86,6 +86,7 @@ def adamw_kernel(
     BLOCKS: tl.constexpr,
     HALF: tl.constexpr,
     GRAD_HALF: tl.constexpr,
+    MOMENT: tl.constexpr,
 ):
     if tl.load(skip_ptr) == 0.0:
         i_param = tl.load(block_ptr + 2 * tl.program_id(0))
@@ -93,8 +94,8 @@ def adamw_kernel(
         row = table_ptr + i_param * _COLUMNS
         p_param = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.float32)), 16)
         grad = tl.load(row + 1)
-        p_avg = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.float32)), 16)
-        p_avg_sq = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(tl.float32)), 16)
+        p_avg = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(MOMENT)), 16)
+        p_avg_sq = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(MOMENT)), 16)
         rounded = tl.load(row + 4)
         num_elements = tl.load(row + 6)
         correction1 = tl.load(correction_ptr + 2 * i_param)
@@ -163,22 +164,23 @@ def launch_adamw(
     Arguments:
         table: made for these parameters by `make_table`.
         params, grads, exp_avgs, exp_avg_sqs: contiguous float32, each beginning on 16 bytes; gradients may be of half
-            precision instead, all that are of one type.
+            precision instead, all that are of one type, and so may be all moments.
         steps: 0-d float32 each, the number of steps before this one, which is counted.
         rounded: tensors that are given the new values, or None; all of one type, which is float32 where a layer that
             trains in it keeps several weights as one matrix.
         lr, grad_scale, skip: 0-d float32 on the device.
 
     Raises:
-        ValueError: a tensor is not contiguous float32 on one device, or not aligned.
+        ValueError: a tensor is not contiguous and of these types on one device, or not aligned.
     """
     check_launchable("adamw", *params, *grads, lr, grad_scale, skip)
     halves = {copy.dtype for copy in rounded if copy is not None}
     assert len(halves) <= 1, "copies of one type a launch"
-    check_addressable("adamw", *params, *exp_avgs, *exp_avg_sqs)
-    check_addressable("adamw", *grads, dtypes=(torch.float32, torch.bfloat16, torch.float16))
+    check_addressable("adamw", *params)
+    check_addressable("adamw", *grads, *exp_avgs, *exp_avg_sqs, dtypes=(torch.float32, torch.bfloat16, torch.float16))
     grad_halves = {grad.dtype for grad in grads if grad.dtype != torch.float32}
     assert len(grad_halves) <= 1, "half-precision gradients of one type a launch"
+    assert len({moment.dtype for moment in (*exp_avgs, *exp_avg_sqs)}) == 1, "moments of one type a launch"
     rows = [
         (
             *(x.data_ptr() for x in tensors),
@@ -218,6 +220,7 @@ def launch_adamw(
         BLOCKS=_BLOCKS,
         HALF=half,
         GRAD_HALF=kinds[next(iter(grad_halves), torch.bfloat16)],
+        MOMENT=kinds[exp_avgs[0].dtype],
         num_warps=1 if INTERPRETED else 4,
     )
     # The launch writes behind autograd's back.

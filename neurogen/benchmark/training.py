@@ -78,6 +78,8 @@ def cases(*, small: bool) -> Iterator[Case]:
             Contender(f"neurogen {mode}{', CUDA graph' if graph else ''}", _brain_step(work, mode, dtype, graph=graph))
             for mode, graph in (("fused", True), ("fused", False), ("unfused", False))
         ]
+        half = _brain_step(work, "fused", dtype, graph=True, moments="bfloat16")
+        contenders.append(Contender("neurogen fused, CUDA graph, bfloat16 moments", half))
         contenders.append(Contender("GPT, torch.compile", _gpt_step(work, dtype)))
         yield Case(
             f"train step, {work.name}",
@@ -94,12 +96,12 @@ def _rates(tokens: int, flops: int) -> Callable[[float], dict[str, float]]:
 
 
 def _brain_step(
-    work: Workload, mode: str, dtype: torch.dtype, *, graph: bool
+    work: Workload, mode: str, dtype: torch.dtype, *, graph: bool, moments: str = "float32"
 ) -> Callable[[torch.device], Callable[[], Any]]:
     def prepare(device: torch.device) -> Callable[[], Any]:
         torch.manual_seed(0)
         model = NeuroGen(work.brain, vocab_size=work.vocab_size, mode=mode)
-        return _trainer_step(model, work, device, dtype, graph=graph)
+        return _trainer_step(model, work, device, dtype, graph=graph, moments=moments)
 
     return prepare
 
@@ -114,12 +116,18 @@ def _gpt_step(work: Workload, dtype: torch.dtype) -> Callable[[torch.device], Ca
 
 
 def _trainer_step(
-    model: LanguageModel, work: Workload, device: torch.device, dtype: torch.dtype, *, graph: bool
+    model: LanguageModel,
+    work: Workload,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    graph: bool,
+    moments: str = "float32",
 ) -> Callable[[], None]:
     """The trainer's own step (forward, backward, clipping, guard, AdamW) on one batch, the state carried on."""
     precision = Precision(device, str(dtype).removeprefix("torch."))
     precision.place(model)
-    optimizer = build_optimizer(model, AdamWConfig())
+    optimizer = build_optimizer(model, AdamWConfig(moments=moments))
     optimizer.set_rate_scale(0.0)  # the batch stays as hard as it was
     update = Update(model, optimizer, clip_norm=1.0, precision=precision)
     take = RecordedUpdate(update) if graph else update

@@ -18,6 +18,10 @@ LOGGERS = ("wandb", "none")
 LOGGER_MODES = ("offline", "online")
 STRATEGIES = ("none", "ddp", "fsdp")
 ON_SAVE_FAILURE = ("stop", "continue")
+MOMENTS = ("float32", "bfloat16")
+# The largest beta that bfloat16 moments are used with: a step moves a moment by (1 - beta) of its distance from what it
+# averages, and is lost below 2^-9 of the moment, which at 0.99 is a distance of a fifth.
+MAX_HALF_BETA = 0.99
 PROGRESS_BY = ("auto", "steps", "tokens", "seconds")
 
 
@@ -77,6 +81,13 @@ def _check_optimizer(config: Config) -> None:
     for key in ("beta1", "beta2", "momentum"):
         if hasattr(optimizer, key):
             in_range(f"optimizer.{key}", getattr(optimizer, key), least=0, below=1)
+    one_of("optimizer.moments", optimizer.moments, MOMENTS)
+    largest = max(optimizer.beta1, optimizer.beta2)
+    if optimizer.moments != "float32" and largest > MAX_HALF_BETA:
+        raise UserError(
+            f"optimizer.moments={optimizer.moments}: its rounding would swallow the steps of an average with a beta of "
+            f"{largest}; use betas of at most {MAX_HALF_BETA}, or float32"
+        )
     if hasattr(optimizer, "num_iterations"):
         in_range("optimizer.num_iterations", optimizer.num_iterations, least=1)
     if getattr(optimizer, "lr_rest", None) is not None:

@@ -31,7 +31,11 @@ class ModeConfig:
 
 @dataclass
 class AdamWConfig:
-    """AdamW (Loshchilov and Hutter, 2019); weight decay is decoupled and falls on weight matrices only."""
+    """AdamW (Loshchilov and Hutter, 2019); weight decay is decoupled and falls on weight matrices only.
+
+    moments: the type both moments are kept in, float32 or, to move and keep fewer bytes on a GPU, bfloat16 (as
+    DeepSeek-V3 was trained, arXiv 2412.19437).
+    """
 
     name: str = "adamw"
     lr: float = 2e-3
@@ -39,6 +43,7 @@ class AdamWConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    moments: str = "float32"
 
 
 @dataclass
@@ -60,6 +65,7 @@ class MuonConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    moments: str = "float32"
 
 
 @dataclass

@@ -23,6 +23,8 @@ class FusedAdamW(torch.optim.Optimizer):
 
     Arguments:
         copies: half-precision copies of parameters to write along with them, by parameter; None for none.
+        moments: the type that both moments are kept in. Each update is made in float32 and rounded to it; in bfloat16 a
+            moment stands still under changes of less than 2^-9 of it, so betas must leave room.
     """
 
     found_inf: Tensor | None = None
@@ -37,9 +39,11 @@ class FusedAdamW(torch.optim.Optimizer):
         eps: float,
         weight_decay: float = 0.0,
         copies: Copies | None = None,
+        moments: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._copies = copies
+        self.moments = moments
         self._tables: dict[int, tuple[list[Tensor], AddressTable]] = {}  # by group, with its parameters
 
     @torch.no_grad()
@@ -88,7 +92,8 @@ class FusedAdamW(torch.optim.Optimizer):
         state = self.state[param]
         if not state:
             state["step"] = torch.zeros((), device=param.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(param, dtype=self.moments)
         return state
 
     def _table(self, index: int, params: list[Tensor]) -> AddressTable:

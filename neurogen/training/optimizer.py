@@ -120,7 +120,7 @@ class ModelOptimizer:
     def unborn_state(self) -> list[Tensor]:
         """Tensors as large as the state that the first step will make; [] once it has been made."""
         return [
-            torch.empty_like(param)
+            torch.empty_like(param, dtype=_state_dtype(optimizer, param))
             for optimizer in self.optimizers
             for group in optimizer.param_groups
             for param in group["params"]
@@ -163,9 +163,14 @@ class ModelOptimizer:
                 raise UserError(
                     f"the checkpoint's {full} has shape {tuple(tensor.shape)}, not {tuple(param.shape)}; keep model.*"
                 )
-            dtype = torch.float32 if key == "step" else param.dtype
+            dtype = torch.float32 if key == "step" else _state_dtype(optimizer, param)
             own = tensor.detach().to(param.device, dtype, copy=True)
             optimizer.state[param][key] = own if key == "step" else shard_like(own, param)
+
+
+def _state_dtype(optimizer: torch.optim.Optimizer, param: Tensor) -> torch.dtype:
+    """The type of what an optimiser keeps of a parameter, but for its number of steps."""
+    return optimizer.moments if isinstance(optimizer, FusedAdamW) else param.dtype
 
 
 def _grads(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -229,6 +234,12 @@ def _adamw(
     groups = [group for group in groups if group["params"]]
     betas = (config.beta1, config.beta2)
     if all(param.is_cuda and type(param.data) is Tensor and param.dtype == torch.float32 for param in decayed + kept):
-        return FusedAdamW(groups, lr, betas=betas, eps=config.eps, copies=copies)
+        moments = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.moments]
+        return FusedAdamW(groups, lr, betas=betas, eps=config.eps, copies=copies, moments=moments)
+    if config.moments != "float32":
+        raise UserError(
+            f"optimizer.moments={config.moments}: needs whole float32 parameters on a CUDA GPU; use float32 on a CPU, "
+            "with trainer=fsdp or trainer.dtype=float64"
+        )
     # `fused` is one loop on a CPU, and can skip a step without the host.
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps, fused=True)

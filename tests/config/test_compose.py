@@ -129,6 +129,7 @@ ERRORS = {
     "learning.dopamine=1": r"learning\.dopamine: the chosen learning has no such key; .*learning=local",
     "model.num_layers=2": r"model\.num_layers: the chosen model has no such key; .*model=gpt or lstm",
     "optimizer.lr=0": r"optimizer\.lr=0\.0: must be more than 0",
+    "optimizer.moments=half": r"optimizer\.moments=half: .*float32, bfloat16",
     "optimizer.lr=nan": r"optimizer\.lr=nan: must be a finite number",
     "optimizer.momentum=0.9": r"optimizer\.momentum: the chosen optimizer has no such key; .*optimizer=muon",
     "+optimizer.momentum=0.9": r"optimizer\.momentum: the chosen optimizer has no such key",
@@ -143,6 +144,12 @@ ERRORS = {
     "logger.mode=maybe": r"logger\.mode=maybe: unknown",
     "experiment=foo": "experiment=foo: no such choice; choose one of .*quick.*test",
 }
+
+
+def test_moments_are_not_rounded_where_that_would_stop_them() -> None:
+    assert compose_config(["optimizer.moments=bfloat16", "optimizer.beta2=0.99"]).optimizer.moments == "bfloat16"
+    with pytest.raises(UserError, match=r"optimizer\.moments=bfloat16: .* beta of 0\.999; use betas of at most 0\.99"):
+        compose_config(["optimizer.moments=bfloat16", "optimizer.beta2=0.999"])
 
 
 @pytest.mark.parametrize("override", ERRORS)

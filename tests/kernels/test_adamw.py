@@ -89,6 +89,32 @@ def test_nothing_beside_the_tensors_is_touched(grad_dtype):
         assert is_amid_nan(copy)
 
 
+def test_moments_in_half_precision_are_rounded_and_nothing_else():
+    params, grads, averages, squares = make_parameters()
+    averages, squares = ([x.half() for x in kind] for kind in (averages, squares))
+    expected = [[x.double() for x in kind] for kind in (params, grads, averages, squares)]
+    launch_adamw(
+        make_table(params),
+        params,
+        grads,
+        averages,
+        squares,
+        [number(9.0) for _ in SHAPES],
+        [None] * len(SHAPES),
+        lr=number(3e-2),
+        grad_scale=number(0.25),
+        skip=number(0.0),
+        options=OPTIONS,
+    )
+    for each in zip(*expected):
+        adamw_reference(*each, torch.tensor(10.0).double(), lr=3e-2, grad_scale=0.25, options=OPTIONS)
+    for x, y in zip(params, expected[0]):
+        assert relative_error(x, y) < 1e-6  # made from moments in float32
+    for x, y in zip((*averages, *squares), (*expected[2], *expected[3])):
+        assert x.dtype == torch.float16
+        torch.testing.assert_close(x.cpu().double(), y.cpu(), rtol=2**-10, atol=2**-24)
+
+
 def test_the_reference_is_torchs_adamw():
     param = torch.randn(5, 3, dtype=torch.float64)
     own, theirs = param.clone(), param.clone().requires_grad_()
@@ -180,6 +206,18 @@ def test_as_an_optimizer_it_walks_with_torchs():
         assert float(optimizer.state[x]["step"]) == 3.0
     names = {"step", "exp_avg", "exp_avg_sq"}
     assert all(set(optimizer.state[x]) == set(reference.state[y]) == names for x, y in zip(own, theirs))
+
+
+def test_an_optimizer_keeps_its_moments_as_told():
+    weight = torch.randn(4, 4, device=DEVICE, requires_grad=True)
+    optimizer = FusedAdamW([weight], 0.1, betas=(0.9, 0.95), eps=1e-8, moments=torch.float16)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    state = optimizer.state[weight]
+    assert {key: value.dtype for key, value in state.items()} == {
+        "step": torch.float32, "exp_avg": torch.float16, "exp_avg_sq": torch.float16,
+    }  # fmt: skip
+    torch.testing.assert_close(state["exp_avg"], torch.full_like(weight, 0.1).half())
 
 
 def test_copies_are_written_and_said_to_be():

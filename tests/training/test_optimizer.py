@@ -180,6 +180,11 @@ def test_state_of_another_optimizer_or_model_is_refused() -> None:
         adamw.load_state_tensors({"decoder.weight/exp_avg": torch.zeros(3)})
 
 
+def test_half_precision_moments_are_refused_where_nothing_keeps_them() -> None:
+    with pytest.raises(UserError, match=r"optimizer\.moments=bfloat16: needs whole float32 parameters on a CUDA GPU"):
+        build_optimizer(tiny(), AdamWConfig(moments="bfloat16"))
+
+
 def test_every_parameter_needs_one_place() -> None:
     model = tiny()
     half = list(model.parameters())[::2]
