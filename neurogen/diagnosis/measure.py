@@ -19,13 +19,13 @@ from neurogen.diagnosis.clock import StageClock
 from neurogen.diagnosis.counters import Counts, count
 from neurogen.diagnosis.usage import UsageMeter
 from neurogen.model import NeuroGen
+from neurogen.modes import TOKEN_BY_TOKEN
 from neurogen.training.optimizer import build_optimizer
 from neurogen.training.precision import Precision
 from neurogen.training.recorded import NUM_PLAIN_STEPS, RecordedUpdate, can_record
 from neurogen.training.update import Update
 
 TASKS = ("train", "generate")
-TOKEN_BY_TOKEN = ("naive", "pointer", "preallocated")
 WARM_UP_TOKENS = 4
 TIMED_SECONDS = (
     2.0  # runs are repeated until they took this long, so that the driver's reports of GPU use mean something
