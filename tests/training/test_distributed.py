@@ -1,5 +1,6 @@
 """Two processes train as one: the same curve, the same parameters, checkpoints that load either way (gloo, CPU)."""
 
+import itertools
 import json
 import os
 import socket
@@ -209,7 +210,7 @@ def test_what_is_kept_of_a_gathered_weight_is_made_anew_in_each_pass() -> None:
         dist.destroy_process_group()
     versions = [version for version, _, _ in seen]
     assert len({float(weight[0, 0]) for _, _, weight in seen}) == 5  # before each step, and after the last
-    assert all(later > earlier for earlier, later in zip(versions, versions[1:]))
+    assert all(later > earlier for earlier, later in itertools.pairwise(versions))
     assert torch.equal(seen[-1][1], seen[-1][2].bfloat16())
 
 
