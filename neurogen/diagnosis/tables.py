@@ -28,10 +28,10 @@ Row = dict[str, Any]  # ModeCost.as_dict(), as the result file holds it
 
 def cost_table(rows: Sequence[Row], task: str) -> Table:
     """Time, use and counts of the modes at a task, a column a mode."""
-    counted = rows[0]["counted_tokens"]
+    counted = ", ".join(f"{row['counted_tokens']:,} ({row['mode']})" for row in rows)
     table = Table(
         title=f"{task}: {rows[0]['lanes']} x {rows[0]['tokens']} tokens",
-        caption=f"counts: in {counted} tokens, and what a further token adds",
+        caption=f"below the line: in the sequence + what a further token adds; counted in tokens: {counted}",
     )
     table.add_column("")
     for row in rows:
@@ -42,6 +42,7 @@ def cost_table(rows: Sequence[Row], task: str) -> Table:
         if any(cell != MISSING for cell in cells):
             table.add_row(name, *cells)
 
+    line("seconds a sequence", (row["seconds"] for row in rows))
     line("milliseconds a token", (1000 * row["seconds"] / row["tokens"] for row in rows))
     line("tokens/s", (row["tokens_per_second"] for row in rows))
     line("CPU %", (row["cpu_percent"] for row in rows))
@@ -52,7 +53,7 @@ def cost_table(rows: Sequence[Row], task: str) -> Table:
     table.add_section()
     for key in COUNTED:
         if rows[0]["counts"][key] is not None:
-            cells = (f"{number(row['counts'][key])} + {number(further(row, key))}" for row in rows)
+            cells = (f"{number(row['sequence_counts'][key])} + {number(further(row, key))}" for row in rows)
             table.add_row(key.replace("_", " "), *cells)
     return table
 
