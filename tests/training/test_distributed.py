@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -38,6 +39,13 @@ RUNS: dict[str, list[str]] = {
     "muon": ["trainer.distributed=fsdp", "optimizer=muon", "model.tie_embedding=false", "mode=pointer"],
     "half": ["trainer.distributed=ddp", "trainer.accumulation=2", "trainer.log_every=2", "trainer.stop_at_step=3"],
     "rest": ["trainer.distributed=fsdp", "trainer.accumulation=2", "trainer.log_every=2", "resume=one_half"],
+    "sharded_half": [
+        "trainer.distributed=fsdp",
+        "trainer.accumulation=2",
+        "trainer.log_every=2",
+        "trainer.stop_at_step=3",
+    ],
+    "sharded_rest": ["trainer.distributed=ddp", "trainer.accumulation=2", "trainer.log_every=2", "resume=sharded_copy"],
     "signal": ["trainer.distributed=ddp"],
     "odd": ["trainer.distributed=ddp", "data.lanes=3"],
 }
@@ -97,8 +105,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         for name in ("ddp", "random", "muon", "half"):
             run_alone(name)
-        run_together(folder, list(RUNS), {"NEUROGEN_CACHE": str(folder / "cache")})
-        train(compose_config([*BASE, "trainer.accumulation=2", "trainer.log_every=2", "resume=half"]))  # 2 -> 1
+        run_together(
+            folder, [name for name in RUNS if name != "sharded_rest"], {"NEUROGEN_CACHE": str(folder / "cache")}
+        )
+        shutil.copytree(folder / "sharded_half", folder / "sharded_copy")
+        run_together(folder, ["sharded_rest"], {"NEUROGEN_CACHE": str(folder / "cache")})
+        for name in ("half", "sharded_half"):  # 2 -> 1
+            train(compose_config([*BASE, "trainer.accumulation=2", "trainer.log_every=2", f"resume={name}"]))
     finally:
         patch.undo()
     return folder
@@ -140,8 +153,13 @@ def test_sharded_is_whole(runs: Path) -> None:
     assert_same(runs, "fsdp", "one_ddp")
 
 
-def test_a_checkpoint_of_two_loads_in_one(runs: Path) -> None:
-    assert_same(runs, "half", "one_ddp")
+@pytest.mark.parametrize("name", ["half", "sharded_half"])
+def test_a_checkpoint_of_two_loads_in_one(runs: Path, name: str) -> None:
+    assert_same(runs, name, "one_ddp")
+
+
+def test_a_checkpoint_of_two_that_shard_loads_in_two_that_do_not(runs: Path) -> None:
+    assert_same(runs, "sharded_copy", "one_ddp")
 
 
 def test_a_checkpoint_of_one_loads_in_two_that_shard(runs: Path) -> None:
