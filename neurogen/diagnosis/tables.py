@@ -67,7 +67,11 @@ def further(row: Row, key: str) -> float | None:
 
 def stage_table(rows: Sequence[Row], task: str) -> Table:
     """Milliseconds a token by stage; the columns add up to the last."""
-    table = Table(title=f"{task}: milliseconds a token by stage")
+    alone = any(sum(row["stage_seconds"].values()) == row["stage_seconds"]["other"] for row in rows)
+    table = Table(
+        title=f"{task}: milliseconds a token by stage",
+        caption="all in other: one launch that does everything, which cannot be looked into" if alone else None,
+    )
     table.add_column("mode")
     stages = list(rows[0]["stage_seconds"])
     for header in [*stages, "sum"]:
@@ -82,14 +86,23 @@ def activity_table(activity: Row) -> Table:
     """A line a region's layer."""
     table = Table(title=f"activity; loss {activity['loss']:.3f} nats a token")
     table.add_column("layer")
-    for header in ("firing rate", "silent", "saturated", "half-life (least, median, most)", "entropy after it"):
+    for header in (
+        "firing rate",
+        "silent",
+        "saturated",
+        "Go rate (least, median, most column)",
+        "half-life (least, median, most)",
+        "entropy after it",
+    ):
         table.add_column(header, justify="right")
     for name, entropy in activity["entropy"].items():
         lives = activity["half_lives"].get(name)
         shares = (activity[key].get(name) for key in ("firing_rate", "silent", "saturated"))
+        gates = activity["go_rate"] if name.startswith("broca.") else None
         table.add_row(
             name,
             *("" if share is None else f"{100 * share:.1f} %" for share in shares),
+            "" if gates is None else ", ".join(f"{100 * x:.0f} %" for x in gates),
             "" if lives is None else ", ".join(f"{x:.0f}" for x in lives),
             f"{entropy:.3f}",
         )

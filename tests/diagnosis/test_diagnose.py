@@ -244,7 +244,12 @@ def test_activity_prints_and_draws(tmp_path: Path) -> None:
     path = diagnose(parse_options(words), console)
     assert json.loads(path.read_text())["activity"]["half_lives"]["pfc.0"][0] == pytest.approx(300, rel=0.01)
     assert (tmp_path / "activity-nano.png").read_bytes().startswith(b"\x89PNG")
-    assert "half-life" in console.file.getvalue()
+    printed = console.file.getvalue()
+    assert "half-life" in printed
+    gates = json.loads(path.read_text())["activity"]["go_rate"]
+    broca = next(line for line in printed.splitlines() if "broca.0" in line)
+    assert f"{100 * gates[1]:.0f} %" in broca.split("│")[5]
+    assert "%" not in next(line for line in printed.splitlines() if "wernicke.0" in line).split("│")[5]
     with pytest.raises(UserError, match="no such file"):
         diagnose(parse_options(["what=activity", f"text={tmp_path}/none.txt"]), console)
 
