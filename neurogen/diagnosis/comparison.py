@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from neurogen.diagnosis.run import FORMAT
 from neurogen.diagnosis.tables import number
 from neurogen.errors import UserError
+from neurogen.modes import MODES
 
 HEADER = ("", "time for {tokens} tokens", "tokens/s", "CPU %", "GPU %", "MB churned per sequence")
 
@@ -51,7 +52,7 @@ def comparison(result: dict[str, Any], task: str = "train") -> str:
 
     Raises UserError if the result has no such task.
     """
-    rows = [row for row in result["rows"] if row["task"] == task]
+    rows = sorted((row for row in result["rows"] if row["task"] == task), key=lambda row: MODES.index(row["mode"]))
     if not rows:
         tasks = sorted({row["task"] for row in result["rows"]})
         raise UserError(f"the result has no task {task!r}; it has {', '.join(tasks)}")
@@ -85,9 +86,15 @@ def _markdown(cells: Sequence[str]) -> str:
 def _caption(result: dict[str, Any], row: dict[str, Any], task: str) -> str:
     place = result["environment"]
     lanes = "" if row["lanes"] == 1 else f" in {row['lanes']} lanes"
+    recorded = (
+        " A step recorded as a CUDA graph, as mode=fused trains, has its memory from before."
+        if (task == "train" and place["device_type"] == "cuda")
+        else ""
+    )
     scale = "" if row["tokens"] == EARLIER_TOKENS else f" The earlier system's times are for {EARLIER_TOKENS} tokens."
     return (
         f"`{task}` of `model={result['model']}` (width {result['embedding_dim']}, {result['precision']}), "
         f"{row['tokens']} tokens{lanes}, on {place['device']}, torch {place['torch']}. CPU: 100 is one core. "
-        f"MB churned: bytes that torch's allocators on host and device handed out.{scale}"
+        f"MB churned: bytes that torch's allocators on host and device handed out in a further sequence of the same "
+        f"length.{recorded}{scale}"
     )

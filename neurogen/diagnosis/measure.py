@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,17 +19,15 @@ from neurogen.diagnosis.clock import StageClock
 from neurogen.diagnosis.counters import Counts, count
 from neurogen.diagnosis.usage import UsageMeter
 from neurogen.model import NeuroGen
+from neurogen.modes import TOKEN_BY_TOKEN
 from neurogen.training.optimizer import build_optimizer
 from neurogen.training.precision import Precision
 from neurogen.training.recorded import NUM_PLAIN_STEPS, RecordedUpdate, can_record
 from neurogen.training.update import Update
 
 TASKS = ("train", "generate")
-TOKEN_BY_TOKEN = ("naive", "pointer", "preallocated")
 WARM_UP_TOKENS = 4
-TIMED_SECONDS = (
-    2.0  # runs are repeated until they took this long, so that the driver's reports of GPU use mean something
-)
+TIMED_SECONDS = 3.0  # runs are repeated until they took this long: reports of GPU use count after the first second
 
 
 @dataclass(frozen=True)
@@ -68,19 +66,33 @@ class ModeCost:
     def tokens_per_second(self) -> float:
         return self.lanes * self.tokens / self.seconds
 
+    def in_sequence(self, whole: float, half: float) -> float:
+        """A count in the whole sequence, from those in the tokens counted and in half of them: each token beyond those
+        is taken to cost as much as those of the second half did."""
+        a_token = (whole - half) / (self.counted_tokens - self.counted_tokens // 2)
+        return whole + a_token * (self.tokens - self.counted_tokens)
+
     @property
     def churned_megabytes(self) -> float:
-        """Allocated on host and device in the whole sequence, 10^6 bytes; beyond the tokens counted, each is taken to
-        allocate as much as those of the second half did."""
-        whole, half = self.counts.churned_bytes, self.counts_of_half.churned_bytes
-        a_token = (whole - half) / (self.counted_tokens - self.counted_tokens // 2)
-        return (whole + a_token * (self.tokens - self.counted_tokens)) / 1e6
+        """Allocated on host and device in the whole sequence, 10^6 bytes."""
+        return self.in_sequence(self.counts.churned_bytes, self.counts_of_half.churned_bytes) / 1e6
+
+    @property
+    def sequence_counts(self) -> dict[str, float | None]:
+        """Every count in the whole sequence, but for the peak, which does not add up."""
+        whole, half = asdict(self.counts), asdict(self.counts_of_half)
+        return {
+            key: None if whole[key] is None else self.in_sequence(whole[key], half[key])
+            for key in whole
+            if key != "python_peak_bytes"
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON, derived numbers included."""
         return asdict(self) | {
             "tokens_per_second": self.tokens_per_second,
             "churned_megabytes": self.churned_megabytes,
+            "sequence_counts": self.sequence_counts,
         }
 
 
@@ -104,13 +116,15 @@ def measure_mode(
         task: one of TASKS. `train` is the trainer's step from a new state, recorded as a CUDA graph where the trainer
             would record it; `generate` continues the first id by T tokens and reads them.
         input_ids: `[B, T + 1]` int64 on the model's device.
-        counted_tokens: at most this many tokens are counted, since counting is slow.
+        counted_tokens: at most this many tokens are counted, since counting is slow; all of them in fused launches on a
+            GPU.
         clocked_tokens: at most this many are clocked by stage where the mode goes token by token; 0 for all.
         bf16: run under torch.autocast in bfloat16.
     """
     model.set_mode(mode)
     device, num_tokens = model.device, input_ids.shape[1] - 1
-    with precision(device, bf16=bf16):
+    # A training step has its own: inside another, autocast keeps the weights it has cast from one step to the next.
+    with precision(device, bf16=bf16 and task != "train"):
         work(model, task, input_ids[:, : WARM_UP_TOKENS + 1], bf16=bf16)()
         whole = work(model, task, input_ids, bf16=bf16)
         for _ in range(NUM_PLAIN_STEPS if can_replay(model, task) else 0):
@@ -122,7 +136,8 @@ def measure_mode(
             clocked()  # other block sizes of memory than the recorded step's
         with StageClock(device) as clock:
             clocked()
-        counted = min(num_tokens, counted_tokens)
+        # A fused sequence is the same launches whatever its length: all of it is counted, and nothing added in thought.
+        counted = num_tokens if mode == "fused" and device.type == "cuda" else min(num_tokens, counted_tokens)
         counts, counts_of_half = (
             _count(model, task, input_ids[:, : length + 1], bf16=bf16) for length in (counted, counted // 2)
         )
@@ -162,7 +177,8 @@ def can_replay(model: NeuroGen, task: str) -> bool:
 
 
 def _train_step(model: NeuroGen, input_ids: Tensor, *, bf16: bool, record: bool) -> Callable[[], object]:
-    """One step of the trainer; the loss is read, which is its one synchronisation."""
+    """One step of the trainer; the loss is read, which is its one synchronisation. Until then the host sleeps, as the
+    trainer does where it waits for a step (`Pace`)."""
     width = next(model.parameters()).dtype
     arithmetic = Precision(model.device, "bfloat16" if bf16 else str(width).removeprefix("torch."))
     optimizer = build_optimizer(model, AdamWConfig(lr=1e-3))
@@ -172,7 +188,18 @@ def _train_step(model: NeuroGen, input_ids: Tensor, *, bf16: bool, record: bool)
     batch = Batch(
         inputs, targets, torch.zeros_like(inputs, dtype=torch.bool), np.full(inputs.shape[0], inputs.shape[1])
     )
-    return lambda: float(take([batch], [None]).loss)
+    if model.device.type != "cuda":
+        return lambda: float(take([batch], [None]).loss)
+    read = torch.empty((), pin_memory=True)
+    there = torch.cuda.Event(blocking=True)
+
+    def step() -> float:
+        read.copy_(take([batch], [None]).loss.detach(), non_blocking=True)
+        there.record()
+        there.synchronize()
+        return float(read)
+
+    return step
 
 
 def _count(model: NeuroGen, task: str, input_ids: Tensor, *, bf16: bool) -> Counts:
@@ -182,10 +209,9 @@ def _count(model: NeuroGen, task: str, input_ids: Tensor, *, bf16: bool) -> Coun
     return count(run, model.device)
 
 
-@contextmanager
-def precision(device: torch.device, *, bf16: bool) -> Iterator[None]:
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-        yield
+def precision(device: torch.device, *, bf16: bool) -> AbstractContextManager[object]:
+    # No context, rather than one that is off: inside either, autocast keeps cast weights until it is left.
+    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> tuple[list[float], UsageMeter]:

@@ -29,7 +29,8 @@ class Options:
     what: `modes`, `tokenization`, `activity` or `health`.
     model: sizes and rules of a new model, and model_name: what tables and files call it.
     checkpoint: a trained model to watch instead, with its own tokenizer; for activity, and needed for health.
-    mode: `all`, or one or several names with commas between them.
+    mode: `all`, or one or several names with commas between them; for tokenization, the one to train in, the trainer's
+        own choice if `all`.
     task: `all`, `train` or `generate`.
     sequence: T, tokens a lane.
     lanes: B.
@@ -101,10 +102,12 @@ class Options:
 
 @dataclass
 class ReportOptions:
-    """Settings of scripts/report_modes.py: `result`, a file of scripts/diagnose.py, and the `task` to report."""
+    """Settings of scripts/report_modes.py: `result`, a file of scripts/diagnose.py, the `task` to report, and `into`, a
+    document with a place for the table; printed if empty."""
 
     result: str
     task: str = "train"
+    into: str = ""
 
     def __post_init__(self) -> None:
         _one_of("task", self.task, TASKS)

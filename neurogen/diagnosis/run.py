@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import itertools
 import json
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +31,12 @@ from neurogen.diagnosis.tokenization import measure_tokenization
 from neurogen.errors import UserError
 from neurogen.model import NeuroGen
 from neurogen.modes import resolve_mode
+from neurogen.storage.files import write_atomically
 from neurogen.training.samples import encode_prompt
 from neurogen.training.trained import load_trained
+
+Subject = Callable[[Options, torch.device, Path, Console], dict[str, Any]]
+Write = Callable[[dict[str, Any]], None]  # puts what has been measured so far into the result file
 
 DEFAULT_FOLDER = "runs/diagnosis"
 FORMAT = "neurogen-diagnosis-1"
@@ -49,16 +56,24 @@ def diagnose(options: Options, console: Console | None = None) -> Path:
         "precision": options.precision,
         "environment": describe_environment(device),
     }
-    subjects = {"modes": _modes, "activity": _activity, "health": _health, "tokenization": _tokenization}
-    measured = subjects[options.what](options, device, folder, console)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{options.what}-{options.model_name}.json"
-    path.write_text(json.dumps(result | measured, indent=2) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(measured: dict[str, Any]) -> None:
+        write_atomically(path, (json.dumps(result | measured, indent=2) + "\n").encode())
+
+    subjects: dict[str, Subject] = {
+        "modes": functools.partial(_modes, write=write),
+        "activity": _activity,
+        "health": _health,
+        "tokenization": _tokenization,
+    }
+    write(subjects[options.what](options, device, folder, console))
     console.print(f"wrote {path}")
     return path
 
 
-def _modes(options: Options, device: torch.device, folder: Path, console: Console) -> dict[str, Any]:
+def _modes(options: Options, device: torch.device, folder: Path, console: Console, write: Write) -> dict[str, Any]:
     missing = missing_instruments(device)
     modes = [resolve_mode(name) for name in options.modes]
     if options.mode == "all" and device.type != "cuda":
@@ -66,11 +81,13 @@ def _modes(options: Options, device: torch.device, folder: Path, console: Consol
         modes.remove("fused")
         missing.append("mode fused: without a GPU it runs in Triton's interpreter; name it to have it measured")
     input_ids = make_ids(options, device)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    measured = {"sequence": options.sequence, "lanes": options.lanes, "missing": missing, "rows": rows}
+    new = make_model(options.model, options)
     for task, mode in itertools.product(options.tasks, modes):
         console.print(f"measuring {task} in mode {mode} ...")
         cost = measure_mode(
-            make_model(options.model, options, device),
+            copy.deepcopy(new).to(device),
             mode,
             task,
             input_ids,
@@ -79,6 +96,7 @@ def _modes(options: Options, device: torch.device, folder: Path, console: Consol
             bf16=options.precision == "bf16",
         )
         rows.append(cost.as_dict())
+        write(measured)  # at once: the slow modes take minutes, and a later one may be cut off
     for task in options.tasks:
         of_task = [row for row in rows if row["task"] == task]
         console.print(cost_table(of_task, task))
@@ -89,7 +107,7 @@ def _modes(options: Options, device: torch.device, folder: Path, console: Consol
     picture = folder / f"modes-{options.model_name}.png"
     plot_modes(rows, picture)
     console.print(f"wrote {picture}")
-    return {"sequence": options.sequence, "lanes": options.lanes, "missing": missing, "rows": rows}
+    return measured
 
 
 def _activity(options: Options, device: torch.device, folder: Path, console: Console) -> dict[str, Any]:
@@ -125,7 +143,7 @@ def _new_model(options: Options, device: torch.device) -> tuple[NeuroGen, Tensor
     ids = torch.tensor(list(_read_text(options)[: options.sequence]), dtype=torch.int64)
     if int(ids.max()) >= options.vocab_size:
         raise UserError(f"vocab_size is {options.vocab_size}; a text of bytes needs at least 256")
-    return make_model(options.model, options, device), ids
+    return make_model(options.model, options).to(device), ids
 
 
 def _trained_model(options: Options) -> tuple[NeuroGen, Tensor]:
@@ -152,22 +170,23 @@ def _tokenization(options: Options, device: torch.device, folder: Path, console:
             empty_documents="skip",
         )
     )
-    model = NeuroGen(options.model, vocab_size=corpus.tokenizer.vocab_size).to(device)
+    mode = resolve_mode("auto" if options.mode == "all" else options.modes[0])
+    model = NeuroGen(options.model, vocab_size=corpus.tokenizer.vocab_size, mode=mode).to(device)
     batches = LaneBatches(corpus.train, lanes=options.lanes, window=options.sequence, seed=options.seed)
-    with precision(device, bf16=options.precision == "bf16"):
-        rates = measure_tokenization(model, corpus.tokenizer, _read_text(options), iter(batches))
+    autocast = functools.partial(precision, device, bf16=options.precision == "bf16")
+    rates = measure_tokenization(model, corpus.tokenizer, _read_text(options), iter(batches), autocast=autocast)
     for name in ("tokenizer", "pipeline", "model"):
         console.print(f"{name:>10}: {rates[name]:,.0f} tokens/s")
-    console.print(f"serving a batch takes {100 * rates['pipeline_share']:.2f} % of the time of training on it")
-    return {"tokenization": rates}
+    console.print(
+        f"serving a batch takes {100 * rates['pipeline_share']:.2f} % of the time of training on it in mode {mode}"
+    )
+    return {"mode": mode, "tokenization": rates}
 
 
-def make_model(config: BrainConfig, options: Options, device: torch.device) -> NeuroGen:
-    """A new model with an optimiser that reads nothing on the host."""
+def make_model(config: BrainConfig, options: Options) -> NeuroGen:
+    """A new model on the CPU."""
     torch.manual_seed(options.seed)
-    model = NeuroGen(config, vocab_size=options.vocab_size).to(device)
-    model.set_optimizer(torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
-    return model
+    return NeuroGen(config, vocab_size=options.vocab_size)
 
 
 def make_ids(options: Options, device: torch.device) -> Tensor:

@@ -28,10 +28,10 @@ Row = dict[str, Any]  # ModeCost.as_dict(), as the result file holds it
 
 def cost_table(rows: Sequence[Row], task: str) -> Table:
     """Time, use and counts of the modes at a task, a column a mode."""
-    counted = rows[0]["counted_tokens"]
+    counted = ", ".join(f"{row['counted_tokens']:,} ({row['mode']})" for row in rows)
     table = Table(
         title=f"{task}: {rows[0]['lanes']} x {rows[0]['tokens']} tokens",
-        caption=f"counts: in {counted} tokens, and what a further token adds",
+        caption=f"below the line: in the sequence + what a further token adds; counted in tokens: {counted}",
     )
     table.add_column("")
     for row in rows:
@@ -42,6 +42,7 @@ def cost_table(rows: Sequence[Row], task: str) -> Table:
         if any(cell != MISSING for cell in cells):
             table.add_row(name, *cells)
 
+    line("seconds a sequence", (row["seconds"] for row in rows))
     line("milliseconds a token", (1000 * row["seconds"] / row["tokens"] for row in rows))
     line("tokens/s", (row["tokens_per_second"] for row in rows))
     line("CPU %", (row["cpu_percent"] for row in rows))
@@ -52,7 +53,7 @@ def cost_table(rows: Sequence[Row], task: str) -> Table:
     table.add_section()
     for key in COUNTED:
         if rows[0]["counts"][key] is not None:
-            cells = (f"{number(row['counts'][key])} + {number(further(row, key))}" for row in rows)
+            cells = (f"{number(row['sequence_counts'][key])} + {number(further(row, key))}" for row in rows)
             table.add_row(key.replace("_", " "), *cells)
     return table
 
@@ -66,7 +67,11 @@ def further(row: Row, key: str) -> float | None:
 
 def stage_table(rows: Sequence[Row], task: str) -> Table:
     """Milliseconds a token by stage; the columns add up to the last."""
-    table = Table(title=f"{task}: milliseconds a token by stage")
+    alone = any(sum(row["stage_seconds"].values()) == row["stage_seconds"]["other"] for row in rows)
+    table = Table(
+        title=f"{task}: milliseconds a token by stage",
+        caption="all in other: one launch that does everything, which cannot be looked into" if alone else None,
+    )
     table.add_column("mode")
     stages = list(rows[0]["stage_seconds"])
     for header in [*stages, "sum"]:
@@ -81,14 +86,23 @@ def activity_table(activity: Row) -> Table:
     """A line a region's layer."""
     table = Table(title=f"activity; loss {activity['loss']:.3f} nats a token")
     table.add_column("layer")
-    for header in ("firing rate", "silent", "saturated", "half-life (least, median, most)", "entropy after it"):
+    for header in (
+        "firing rate",
+        "silent",
+        "saturated",
+        "Go rate (least, median, most column)",
+        "half-life (least, median, most)",
+        "entropy after it",
+    ):
         table.add_column(header, justify="right")
     for name, entropy in activity["entropy"].items():
         lives = activity["half_lives"].get(name)
         shares = (activity[key].get(name) for key in ("firing_rate", "silent", "saturated"))
+        gates = activity["go_rate"] if name.startswith("broca.") else None
         table.add_row(
             name,
             *("" if share is None else f"{100 * share:.1f} %" for share in shares),
+            "" if gates is None else ", ".join(f"{100 * x:.0f} %" for x in gates),
             "" if lives is None else ", ".join(f"{x:.0f}" for x in lives),
             f"{entropy:.3f}",
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +30,12 @@ class TokenBatch(Protocol):
 
 
 def measure_tokenization(
-    model: NeuroGen, tokenizer: Encoder, text: bytes, batches: Iterator[TokenBatch]
+    model: NeuroGen,
+    tokenizer: Encoder,
+    text: bytes,
+    batches: Iterator[TokenBatch],
+    *,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, float]:
     """Tokens a second: of the tokenizer, of the data pipeline, and of training in the model's mode.
 
@@ -38,6 +44,7 @@ def measure_tokenization(
         tokenizer: encodes `text` again and again for about a second.
         text: at least a byte.
         batches: an endless iterator whose ids fit the model.
+        autocast: makes the context of a training step, a new one for each.
 
     Returns:
         `tokenizer`, `pipeline`, `model` in tokens a second, and `pipeline_share`: the time to serve a batch over the
@@ -48,7 +55,8 @@ def measure_tokenization(
 
     def train() -> int:
         batch = next(batches)
-        model.train_step(batch.input_ids.to(model.device), batch.target_ids.to(model.device))
+        with autocast():
+            model.train_step(batch.input_ids.to(model.device), batch.target_ids.to(model.device))
         return batch.input_ids.numel()
 
     train()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import psutil
 import torch
 
 SAMPLE_SECONDS = 0.05
+REPORT_SECONDS = 1.0  # the driver's figure may be of as long before
 
 
 class UsageMeter:
@@ -18,8 +19,9 @@ class UsageMeter:
     Attributes:
         seconds: wall time, the device's work included.
         cpu_percent: CPU time of all threads over wall time; 100 is one core.
-        gpu_percent: mean of what the driver reports (nvidia-ml-py): the share of time with a kernel running. None
-            without a GPU or that library, or if the work ended before the first sample.
+        gpu_percent: mean of what the driver reports (nvidia-ml-py): the share of time with a kernel running. Reports of
+            the first second are of the time before and do not count where there are later ones. None without a GPU
+            or that library, or if the work ended before the first report.
         gpu_memory_bytes: peak of torch's allocations on the GPU, or None.
     """
 
@@ -28,7 +30,7 @@ class UsageMeter:
         self.seconds = self.cpu_percent = 0.0
         self.gpu_percent: float | None = None
         self.gpu_memory_bytes: int | None = None
-        self._samples: list[int] = []
+        self._samples: list[tuple[float, int]] = []  # seconds since the start, and percent
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -52,8 +54,7 @@ class UsageMeter:
         if self._thread is not None:
             self._stop.set()
             self._thread.join()
-        if self._samples:
-            self.gpu_percent = sum(self._samples) / len(self._samples)
+        self.gpu_percent = mean_report(self._samples)
         if self.device.type == "cuda":
             self.gpu_memory_bytes = torch.cuda.max_memory_allocated(self.device)
 
@@ -62,8 +63,15 @@ class UsageMeter:
         return times.user + times.system
 
     def _sample(self, use: Callable[[], int]) -> None:
+        start = time.perf_counter()
         while not self._stop.wait(SAMPLE_SECONDS):
-            self._samples.append(use())
+            self._samples.append((time.perf_counter() - start, use()))
+
+
+def mean_report(samples: Sequence[tuple[float, int]]) -> float | None:
+    """Mean percent of what is left of (seconds, percent) once the first second is left out, or of all."""
+    percents = [percent for seconds, percent in samples if seconds > REPORT_SECONDS] or [use for _, use in samples]
+    return sum(percents) / len(percents) if percents else None
 
 
 def gpu_use_reader(device: torch.device) -> Callable[[], int] | None:

@@ -71,6 +71,7 @@ _BY_NAME: dict[str, type[Mode]] = {
 
 
 MODES = tuple(_BY_NAME)
+TOKEN_BY_TOKEN = tuple(mode.name for mode in (NaiveMode, PointerMode, PreallocatedMode))
 
 
 def resolve_mode(name: str) -> str:

@@ -114,6 +114,15 @@ def make_job(folder: Path, overrides: Sequence[str], varied: dict[str, str]) -> 
     return job
 
 
+def read_job(folder: Path, name: str) -> Job | None:
+    """The job of that name as its record has it, None if there is none that can be read."""
+    try:
+        record = json.loads((folder / f"{name}.json").read_text())
+        return Job(**{**record, "name": name, "folder": str(folder)})
+    except (OSError, ValueError, TypeError):
+        return None
+
+
 def _job_name(varied: dict[str, str], fingerprint: str) -> str:
     words = [f"{key.rpartition('.')[2]}={value}" for key, value in varied.items()]
     readable = re.sub(r"[^A-Za-z0-9=.,_+-]+", "_", ",".join(words))[:80]

@@ -13,7 +13,7 @@ from neurogen.config.compose import build_config, compose_node
 from neurogen.config.script import USER_ERROR_EXIT_CODE
 from neurogen.errors import UserError
 from neurogen.sweep.config import OptunaConfig, SweepConfig
-from neurogen.sweep.jobs import FAILED, FINISHED, Job, make_job
+from neurogen.sweep.jobs import FAILED, FINISHED, Job, make_job, read_job
 from neurogen.sweep.launchers import Launcher, make_launcher
 from neurogen.sweep.search import search
 from neurogen.sweep.space import Space
@@ -62,6 +62,7 @@ def _run_sweep(script: str, words: Sequence[str]) -> int:
                     space,
                     folder,
                     launch=sweep.launch,
+                    recall=sweep.recall,
                     score=lambda job: last_value(job_rows(job), metric),
                 )
             else:
@@ -102,6 +103,13 @@ class _Sweep:
                     job.write()
         self._launcher(list(todo.values()), self._ended)
         return [self.jobs[job.name] for job in made]
+
+    def recall(self, names: Sequence[str]) -> None:
+        """Count jobs that ended in earlier calls among these, for the summary."""
+        for name in names:
+            job = read_job(self._folder, name)
+            if job is not None:
+                self.jobs[name] = job
 
     def _make(self, varied: dict[str, str]) -> Job:
         return make_job(self._folder, [*self._space.fixed, *(f"{k}={v}" for k, v in varied.items())], varied)

@@ -22,12 +22,14 @@ def search(
     folder: Path,
     *,
     launch: Callable[[list[dict[str, str]]], list[Job]],
+    recall: Callable[[list[str]], None],
     score: Callable[[Job], float | None],
 ) -> None:
     """Propose, run and learn until the study has `num_trials` trials that ended.
 
     Arguments:
         launch: runs the jobs of these settings and returns them, ended.
+        recall: is told the names of the jobs that ended in earlier calls.
         score: a finished job's metric, None if it has none.
 
     A trial that a stop cut short is run again by the next call. Raises UserError if Optuna is missing or the study in
@@ -40,7 +42,8 @@ def search(
     for trial in study.get_trials(states=(state.RUNNING,)):  # of a process that is gone
         study.enqueue_trial(trial.params)
         study.tell(trial.number, state=state.FAIL)
-    while (remaining := config.num_trials - _num_ended(study, state)) > 0:
+    recall([trial.user_attrs[JOB] for trial in _ended(study, state)])
+    while (remaining := config.num_trials - len(_ended(study, state))) > 0:
         trials = [study.ask(distributions) for _ in range(min(config.at_once, remaining))]
         jobs = launch([{key: str(value) for key, value in trial.params.items()} for trial in trials])
         stopped = False
@@ -64,9 +67,10 @@ def _optuna() -> Any:
     return optuna
 
 
-def _num_ended(study: Any, state: Any) -> int:
+def _ended(study: Any, state: Any) -> list[Any]:
+    """The trials whose jobs have ended."""
     ended = study.get_trials(deepcopy=False, states=(state.COMPLETE, state.FAIL))
-    return sum(JOB in trial.user_attrs for trial in ended)
+    return [trial for trial in ended if JOB in trial.user_attrs]
 
 
 def _open_study(optuna: Any, config: OptunaConfig, space: Space, folder: Path) -> Any:

@@ -65,7 +65,7 @@ class FusedAdamW(torch.optim.Optimizer):
             launch_adamw(
                 self._table(index, params),
                 params,
-                [param.grad for param in params],
+                [_aligned(param.grad) for param in params],
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 steps,
@@ -103,3 +103,10 @@ class FusedAdamW(torch.optim.Optimizer):
         if held is None or len(held[0]) != len(params) or any(a is not b for a, b in zip(held[0], params)):
             held = self._tables[index] = (params, make_table(params))
         return held[1]
+
+
+def _aligned(grad: Tensor | None) -> Tensor:
+    """The gradient, beginning on 16 bytes: DDP lays gradients one after another, so that one behind a tensor of two
+    numbers does not."""
+    assert grad is not None
+    return grad if grad.data_ptr() % 16 == 0 else grad.clone()

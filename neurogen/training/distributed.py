@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,11 +115,17 @@ class World:
 
     # How a model is spread.
 
-    def spread(self, model: nn.Module) -> nn.Module:
+    def spread(self, model: nn.Module, units: Iterable[nn.Module] = ()) -> nn.Module:
         """Prepare a placed model for training; the result is what the training step calls.
 
-        FSDP shards the parameters in place, so the optimiser has to be built afterwards. The model is one unit: its
-        modes reach into the modules without calling them, so parameters are gathered once for the whole step.
+        FSDP shards the parameters in place, so the optimiser has to be built afterwards. Parameters are gathered on the
+        way forward and kept until gradients have gone back through them: a forward pass ends with terms that read
+        biases of its first layers.
+
+        Arguments:
+            units: modules inside `model`, each called once in a forward pass: FSDP gathers each of them, and averages
+                and shards its gradients, apart from the others and while others compute. The rest of the model is a
+                unit too.
         """
         if self.strategy == DDP:
             from torch.nn.parallel import DistributedDataParallel
@@ -136,7 +142,14 @@ class World:
             from torch.distributed.fsdp import fully_shard
 
             mesh = init_device_mesh(next(model.parameters()).device.type, (self.size,))
-            fully_shard(model, mesh=mesh, reshard_after_forward=False)
+            together = [*units, model]
+            for unit in together:
+                fully_shard(unit, mesh=mesh, reshard_after_forward=False)
+                unit.register_forward_pre_hook(_note_new_values)
+            for unit in together:
+                # The whole, which is there until the end, in the place of what came before in past forward passes: rank
+                # 0, which draws samples, has had others, and would gather alone.
+                unit.set_modules_to_backward_prefetch([model])  # type: ignore[operator]
         return model
 
     @contextlib.contextmanager
@@ -154,11 +167,16 @@ class World:
         if self.strategy != FSDP:
             yield
             return
-        model.unshard()  # type: ignore[operator]
+        from torch.distributed.fsdp import FSDPModule
+
+        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for unit in units:
+            unit.unshard()
         try:
             yield
         finally:
-            model.reshard()  # type: ignore[operator]
+            for unit in units:
+                unit.reshard()
 
     def close(self) -> None:
         """Leave the other processes."""
@@ -202,6 +220,12 @@ def device_of(world: World, name: str) -> str:
     if world.strategy == NONE or name == "cpu" or not torch.cuda.is_available():
         return name
     return f"cuda:{world.local_rank}"
+
+
+def _note_new_values(module: nn.Module, _inputs: object) -> None:
+    """Parameters that FSDP has gathered hold new values under the old version, often at the old address too, and what
+    is made from weights once a change (their half-precision copies) goes by those."""
+    torch.autograd.graph.increment_version([param for param in module.parameters() if not is_sharded(param)])
 
 
 def is_sharded(tensor: Tensor) -> bool:

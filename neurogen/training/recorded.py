@@ -177,7 +177,7 @@ class Pace:
         """To be called once a step was launched: waits until the step STEPS_AHEAD before it has ended."""
         if not self._is_needed:
             return
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)  # the host sleeps, instead of asking until the device is there
         event.record()
         self._events.append(event)
         if len(self._events) > STEPS_AHEAD:

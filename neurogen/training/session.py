@@ -21,7 +21,9 @@ from neurogen.data.config import default_cache_dir
 from neurogen.data.prefetch import Prefetcher
 from neurogen.errors import UserError
 from neurogen.learning import LearningRule, make_learning_rule
+from neurogen.model import NeuroGen
 from neurogen.models import LanguageModel, build_model
+from neurogen.modes import TOKEN_BY_TOKEN
 from neurogen.training.checkpoint import Checkpoint
 from neurogen.training.distributed import SINGLE, World, device_of, shard_like, whole
 from neurogen.training.guard import Guard
@@ -172,7 +174,7 @@ def build_session(config: Config, corpus: Corpus, world: World = SINGLE) -> Sess
         cache_dir=Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir(),
     )
     precision.place(model)
-    spread = world.spread(model)
+    spread = world.spread(model, sharding_units(model))
     states: list[BrainState | None] = [None] * config.trainer.accumulation
     return Session(
         config,
@@ -188,6 +190,14 @@ def build_session(config: Config, corpus: Corpus, world: World = SINGLE) -> Sess
         world,
         states=states,
     )
+
+
+def sharding_units(model: LanguageModel) -> list[nn.Module]:
+    """What FSDP gathers apart from the rest of the model: the brain's layers, where a mode calls each of them once a
+    sequence. The others call them at every token, or reach into them."""
+    if not isinstance(model, NeuroGen) or model.mode.name in TOKEN_BY_TOKEN:
+        return []
+    return list(model.brain.layers().values())
 
 
 def read_ahead(batches: Batches, device: torch.device) -> Batches | Prefetcher:

@@ -9,9 +9,10 @@ import torch
 from neurogen import NeuroGen
 from neurogen.diagnosis.clock import OTHER, StageClock
 from neurogen.diagnosis.counters import OperationCounter, count, count_host_allocations, count_runtime_calls
-from neurogen.diagnosis.usage import UsageMeter
+from neurogen.diagnosis.usage import UsageMeter, mean_report
 from neurogen.modes.naive import host_round_trip
 from neurogen.probes import STAGES, stage
+from neurogen.training.recorded import STEPS_AHEAD, Pace
 
 CPU = torch.device("cpu")
 NUM_TOKENS = 5
@@ -173,6 +174,25 @@ def test_use_of_the_cpu() -> None:
     assert busy.cpu_percent > idle.cpu_percent
     assert busy.gpu_percent is None
     assert busy.gpu_memory_bytes is None
+
+
+def test_reports_of_the_time_before_do_not_count() -> None:
+    assert mean_report([(0.5, 0), (0.9, 10), (1.1, 80), (1.6, 90)]) == 85
+    assert mean_report([(0.5, 20), (0.9, 40)]) == 30
+    assert mean_report([]) is None
+
+
+@pytest.mark.gpu
+def test_the_host_sleeps_while_it_waits_for_a_step() -> None:
+    pace = Pace(torch.device("cuda"))
+    pace.keep()
+    with UsageMeter(torch.device("cpu")) as meter:
+        for _ in range(STEPS_AHEAD + 2):
+            torch.cuda._sleep(400_000_000)  # cycles: some 0.2 s
+            pace.keep()
+    torch.cuda.synchronize()
+    assert meter.seconds > 0.2
+    assert meter.cpu_percent < 40
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ from rich.console import Console
 
 from neurogen import NeuroGen, UserError
 from neurogen.config.script import run_script
+from neurogen.diagnosis import run
 from neurogen.diagnosis.activity import measure_activity
 from neurogen.diagnosis.comparison import comparison, load_result
+from neurogen.diagnosis.measure import WARM_UP_TOKENS, ModeCost, measure_mode
 from neurogen.diagnosis.options import VERBATIM, Options, name_model
 from neurogen.diagnosis.run import diagnose
 from neurogen.diagnosis.tokenization import measure_tokenization
+from neurogen.diagnosis.usage import UsageMeter
 
 
 def parse_options(words: list[str]) -> Options:
@@ -59,13 +63,72 @@ def test_writes_json_a_plot_and_tables(result_path: Path) -> None:
         assert sum(row["stage_seconds"].values()) == pytest.approx(row["clocked_seconds"])
         assert row["clocked_tokens"] == 3 < row["tokens"]
     naive, preallocated = result["rows"][:2]
+    assert naive["counted_tokens"] == 4
+    assert naive["sequence_counts"]["synchronisations"] == naive["tokens"] + 1  # one a token, and the step's own
+    assert naive["sequence_counts"]["kernel_launches"] == naive["counts"]["kernel_launches"]  # None, or one count
     assert naive["counts"]["synchronisations"] - naive["counts_of_half"]["synchronisations"] == 2
     assert preallocated["counts"]["host_allocations"] == preallocated["counts_of_half"]["host_allocations"]
     assert naive["churned_megabytes"] > preallocated["churned_megabytes"]
     assert (result_path.parent / "modes-nano.png").read_bytes().startswith(b"\x89PNG")
     printed = (result_path.parent / "printed.txt").read_text()
-    for text in ("tokens/s", "CPU %", "cognitive step", "synchronisations", "missing: no CUDA GPU"):
+    for text in (
+        "seconds a sequence",
+        "tokens/s",
+        "CPU %",
+        "cognitive step",
+        "synchronisations",
+        "missing: no CUDA GPU",
+    ):
         assert text in printed or (text.startswith("missing") and torch.cuda.is_available())
+
+
+def test_modes_measured_before_one_that_fails_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = run.measure_mode
+
+    def until_unfused(model: NeuroGen, mode: str, *rest: Any, **options: Any) -> ModeCost:
+        if mode == "unfused":
+            raise KeyboardInterrupt
+        return measure(model, mode, *rest, **options)
+
+    monkeypatch.setattr("neurogen.diagnosis.measure.TIMED_SECONDS", 0.01)
+    monkeypatch.setattr(run, "measure_mode", until_unfused)
+    words = ["task=train", "sequence=2", "vocab_size=7", f"out={tmp_path}"]
+    words += ["model.embedding_dim=8", "model.column_width=4", "model.head_width=4"]
+    with pytest.raises(KeyboardInterrupt):
+        diagnose(parse_options(words), Console(file=io.StringIO()))
+    rows = load_result(tmp_path / "modes-nano.json")["rows"]
+    assert [row["mode"] for row in rows] == ["naive", "pointer", "preallocated"]
+
+
+def test_what_is_timed_is_training(make_model: Callable[..., NeuroGen], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 too the weights of a step are those the step before left: losses are the trainer's own."""
+    monkeypatch.setattr("neurogen.diagnosis.measure.TIMED_SECONDS", 0.0)
+    ids = torch.randint(11, (2, 7), generator=torch.Generator().manual_seed(0))
+    losses: list[float] = []
+
+    def timed(step: Callable[[], float], device: torch.device) -> tuple[list[float], UsageMeter]:
+        losses.extend(step() for _ in range(3))
+        return [1.0], UsageMeter(device)
+
+    monkeypatch.setattr("neurogen.diagnosis.measure._timed", timed)
+    measure_mode(make_model(dtype=torch.float32), "unfused", "train", ids, counted_tokens=2, bf16=True)
+
+    model = make_model(dtype=torch.float32)
+    expected = []
+    for each in (ids[:, : WARM_UP_TOKENS + 1], *[ids] * 3):
+        # Every sequence has an optimiser of its own; that of the long one goes on.
+        if len(expected) < 2:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
+            optimizer.param_groups[0]["weight_decay"] = 0.0
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(each[:, :-1], target_ids=each[:, 1:]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        expected.append(float(loss.detach()))
+    assert losses == pytest.approx(expected[1:], abs=2e-2)
+    assert expected[1] - expected[3] > 0.1
 
 
 def test_the_comparison_has_the_earlier_system_and_ours(result_path: Path) -> None:
@@ -181,9 +244,27 @@ def test_activity_prints_and_draws(tmp_path: Path) -> None:
     path = diagnose(parse_options(words), console)
     assert json.loads(path.read_text())["activity"]["half_lives"]["pfc.0"][0] == pytest.approx(300, rel=0.01)
     assert (tmp_path / "activity-nano.png").read_bytes().startswith(b"\x89PNG")
-    assert "half-life" in console.file.getvalue()
+    printed = console.file.getvalue()
+    assert "half-life" in printed
+    gates = json.loads(path.read_text())["activity"]["go_rate"]
+    broca = next(line for line in printed.splitlines() if "broca.0" in line)
+    assert f"{100 * gates[1]:.0f} %" in broca.split("│")[5]
+    assert "%" not in next(line for line in printed.splitlines() if "wernicke.0" in line).split("│")[5]
     with pytest.raises(UserError, match="no such file"):
         diagnose(parse_options(["what=activity", f"text={tmp_path}/none.txt"]), console)
+
+
+def test_tokenization_prints_what_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neurogen.diagnosis.tokenization.MEASURE_SECONDS", 0.02)
+    console = Console(file=io.StringIO(), width=120)
+    sizes = ["model.embedding_dim=8", "model.column_width=4", "model.head_width=4", "sequence=8", "device=cpu"]
+    path = diagnose(parse_options(["what=tokenization", "mode=pointer", f"out={tmp_path}", *sizes]), console)
+    result = json.loads(path.read_text())
+    assert result["mode"] == "pointer"
+    rates = result["tokenization"]
+    assert rates["pipeline_share"] == pytest.approx(rates["model"] / rates["pipeline"])
+    for text in (f"model: {rates['model']:,.0f} tokens/s", "in mode pointer"):
+        assert text in console.file.getvalue()
 
 
 def test_tokenization_rates(make_model: Callable[..., NeuroGen], monkeypatch: pytest.MonkeyPatch) -> None:

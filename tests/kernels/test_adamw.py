@@ -220,6 +220,21 @@ def test_an_optimizer_keeps_its_moments_as_told():
     torch.testing.assert_close(state["exp_avg"], torch.full_like(weight, 0.1).half())
 
 
+def test_a_gradient_that_lies_behind_two_numbers():
+    """As DDP lays them, one after another in one buffer."""
+    walks = []
+    for first in (0, 2):
+        weight = torch.ones(3, 4, device=DEVICE, requires_grad=True)
+        weight.grad = torch.arange(14.0, device=DEVICE)[first : first + 12].view(3, 4).sub(first)
+        bucket = torch.cat([torch.zeros(first, device=DEVICE), weight.grad.flatten()])
+        weight.grad = bucket[first:].view(3, 4)
+        assert bool(weight.grad.data_ptr() % 16) == bool(first)
+        FusedAdamW([weight], 0.1, betas=(0.9, 0.99), eps=1e-8).step()
+        walks.append(weight.detach())
+    assert torch.equal(*walks)
+    assert float((walks[0] - 1.0).abs().max()) > 0.05
+
+
 def test_copies_are_written_and_said_to_be():
     weight = torch.randn(4, 4, device=DEVICE, requires_grad=True)
     copy, said = torch.zeros(4, 4, dtype=torch.float16, device=DEVICE), []

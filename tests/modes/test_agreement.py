@@ -221,13 +221,22 @@ def test_modes_agree_on_gpu(name: str, make_model: Callable[..., NeuroGen]) -> N
         assert_equal_results(run(model, mode, case), reference, 1e-4)
 
 
+FUSED_SIZES = {"embedding_dim": 64, "column_width": 32, "head_width": 32}
+FUSED_CASES = {
+    "fused-hebbian": Case(FUSED_SIZES),
+    "fused-delta-tied": Case({**FUSED_SIZES, "memory_rule": "delta", "tie_embedding": True}, lanes=3, num_tokens=70),
+    "fused-one-lane": Case(FUSED_SIZES, lanes=1, num_tokens=9, resets=False, carried=False),
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["graded-hebbian", "graded-delta-tied", "one-token"])
+@pytest.mark.parametrize("name", ["graded-hebbian", "graded-delta-tied", "one-token", *FUSED_CASES])
 def test_modes_agree_in_bfloat16_on_gpu(name: str, make_model: Callable[..., NeuroGen]) -> None:
     """Rounding moves neurons over the kinks of their derivative, in every mode others; so each mode is held to float64,
     and may be half as far again from it as the definition is in bfloat16. One sequence's error is a matter of which
     few neurons were moved, so errors are medians over sequences."""
-    case, num_sequences = CASES[name], 15
+    case, num_sequences = {**CASES, **FUSED_CASES}[name], 15
+    modes = ("unfused", *TOKEN_MODES, "fused") if name in FUSED_CASES else ("unfused", *TOKEN_MODES)
     model = make_model(dtype=torch.float32, **case.config).to("cuda")
     double = copy.deepcopy(model).double()
     measured: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -236,7 +245,7 @@ def test_modes_agree_in_bfloat16_on_gpu(name: str, make_model: Callable[..., Neu
         exact = run(double, "unfused", case, seed, state)
         state = state.map(lambda x: x.float() if x.is_floating_point() else x)
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            for mode in ("unfused", *TOKEN_MODES):
+            for mode in modes:
                 for quantity, error in errors(run(model, mode, case, seed, state), exact).items():
                     measured[mode, quantity].append(error)
     for (mode, quantity), each in measured.items():

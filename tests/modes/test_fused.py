@@ -31,12 +31,20 @@ def everything(model: NeuroGen, mode: str, state: BrainState, ids: Tensor, start
     return {name: x.detach().double() for name, x in results.items()}
 
 
-@pytest.mark.parametrize("settings", [{"memory_rule": "hebbian"}, {"memory_rule": "delta", "tie_embedding": True}])
-def test_fused_agrees_with_unfused(settings, make_model: Callable[..., NeuroGen]):
+@pytest.mark.skipif(not INTERPRETED, reason="tests/modes/test_agreement.py compares on a GPU, in bfloat16")
+@pytest.mark.parametrize(
+    ("settings", "shape"),
+    [
+        ({"memory_rule": "hebbian"}, (3, 7)),
+        ({"memory_rule": "delta", "tie_embedding": True}, (3, 7)),
+        ({"memory_rule": "delta", "spike": "binary"}, (2, 1)),
+        ({"memory_rule": "hebbian", "wernicke_depth": 2, "lateral": False}, (1, 18)),  # over the edge of a chunk
+    ],
+)
+def test_fused_agrees_with_unfused(settings, shape, make_model: Callable[..., NeuroGen]):
     model = make_model(dtype=torch.float32, vocab_size=19, **SIZES, **settings)
-    ids = torch.randint(19, (3, 7), generator=torch.Generator().manual_seed(0))
-    starts = torch.zeros(3, 7, dtype=torch.bool)
-    starts[1, 3] = starts[2, 0] = True
+    ids = torch.randint(19, shape, generator=torch.Generator().manual_seed(0))
+    starts = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.15
     with torch.no_grad():
         state = model(ids.flip(1)).state
     expected = everything(model, "unfused", state, ids, starts)
@@ -105,6 +113,19 @@ def test_a_steps_launches_and_waits_do_not_grow_on_a_gpu(num_lanes: int, lengths
     assert waits == [1, 1]
 
 
+@pytest.mark.gpu
+def test_a_reply_is_waited_for_once() -> None:
+    brain = BrainConfig(embedding_dim=64, column_width=32, head_width=32)
+    model = NeuroGen(brain, vocab_size=257, mode="fused").to("cuda")
+    prompt = torch.zeros(1, 4, dtype=torch.int64)
+    for num_tokens in (4, 64):
+        for _ in range(2):  # a model's weights are packed in its first two replies, and then kept
+            model.generate(prompt, max_new_tokens=num_tokens).replies()
+        _, waits = count_runtime_calls(lambda n=num_tokens: model.generate(prompt, max_new_tokens=n).replies())
+        assert waits == 1
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="tests/generation/test_launch.py compares on a GPU")
 def test_generates_the_same_tokens(make_model: Callable[..., NeuroGen]):
     model = make_model(dtype=torch.float32, vocab_size=19, **SIZES)
     prompt = torch.tensor([[1, 5, 2], [0, 7, 7]])

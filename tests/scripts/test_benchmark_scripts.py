@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,63 @@ def test_scaling_is_what_its_definition_says(tmp_path: Path) -> None:
     assert "not today" in failed["failure"]
 
 
+STUBBORN = """
+import os, pathlib, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+with open(os.environ["PIDS"], "a") as file:
+    file.write(f"{os.getpid()} {child.pid} ")
+if os.environ.get("RANK") == "1":
+    sys.exit("something broke")
+time.sleep(600)
+"""
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, and it is not one that nobody has asked for its exit code."""
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+def test_scaling_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process alone that never ends, one of two that fails while the other waits for it, and cases not begun."""
+    monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
+    (tmp_path / "stubborn.py").write_text(STUBBORN)
+    namespace = script("benchmark_scaling")
+    namespace["main"].__globals__["GRACE_SECONDS"] = 0.2
+    words = ["processes=2,4", "kinds=weak", "timeout=3", "budget=4", f"out={tmp_path}/o.json", "data.lanes=4"]
+    start = time.monotonic()
+    assert namespace["main"](words, script=tmp_path / "stubborn.py") == 0
+    assert time.monotonic() - start < 60
+    rows = rows_of(tmp_path / "o.json")
+    assert set(rows) == {("train, alone", "none", 1), ("train, weak", "ddp", 2)}
+    assert rows["train, alone", "none", 1]["failure"] == "did not end in time, and was ended"
+    assert rows["train, weak", "ddp", 2]["failure"] in ("something broke", "did not end in time, and was ended")
+    pids = [int(word) for word in (tmp_path / "pids").read_text().split()]
+    assert len(pids) >= 2
+    time.sleep(0.2)
+    assert not [pid for pid in pids if is_running(pid)]
+
+
+def test_scaling_starts_the_next_case_ahead(tmp_path: Path) -> None:
+    """The processes of a case that is begun late have waited for it."""
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    words = ["processes=2", "kinds=strong", "steps=30", "skip=2", "ahead=1", f"out={tmp_path}/o.json", "data.lanes=8"]
+    assert script("benchmark_scaling")["main"](words, script=tmp_path / "stand_in.py") == 0
+    rows = rows_of(tmp_path / "o.json")
+    assert [row["failure"] for row in rows.values()] == [None, None]
+    assert rows["train, strong", "ddp", 2]["extra"]["efficiency"] == pytest.approx(60 / 90)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["processes=0"], "processes=0: must be whole numbers"),
         (["processes=3", "data.lanes=8"], "data.lanes=8: must divide by 3 processes"),
         (["strategy=magic"], "strategy=magic: unknown"),
+        (["kinds=middling"], "kinds=middling: unknown; choose of weak, strong"),
         (["steps=10"], "steps=10: must hold at least two intervals"),
         (["steps=ten"], "steps=ten: must be a whole number"),
         (["model=huge"], "model=huge: no such choice"),

@@ -306,12 +306,41 @@ def test_diagnose_watches_a_checkpoint(
     assert 0 < result["activity"]["loss"] < 6
 
 
+def test_a_diagnosis_becomes_the_table_of_the_readme(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("neurogen.diagnosis.measure.TIMED_SECONDS", 0.01)
+    sizes = ["model.embedding_dim=8", "model.column_width=4", "model.head_width=4", "vocab_size=7", "sequence=6"]
+    arguments = [*sizes, "task=train", "mode=unfused,naive", "model=base", "out=measured", "device=cpu"]
+    here = {"folder": trained, "monkeypatch": monkeypatch, "capsys": capsys}
+    code, _, err = run_here("diagnose.py", *arguments, **here)
+    assert (code, err) == (0, "")
+    shutil.copy(ROOT / "README.md", trained / "README.md")
+    arguments = ["result=measured/modes-base.json", "into=README.md"]
+    for _ in range(2):  # the second replaces the first
+        assert run_here("report_modes.py", *arguments, **here) == (0, "", "")
+        text = (trained / "README.md").read_text()
+        table = text.split("<!-- modes -->\n")[1].split("<!-- /modes -->\n")[0]
+        assert [line.split(" | ")[0].strip("| ") for line in table.splitlines() if line.startswith("| ")][2:] == [
+            "earlier system, measured",
+            "earlier system, planned",
+            "`mode=naive`",
+            "`mode=unfused`",
+        ]
+        assert "(width 8, fp32), 6 tokens" in table
+    without = text.replace(table, "")
+    original = (ROOT / "README.md").read_text()
+    assert without.split("<!-- modes -->")[0] == original.split("<!-- modes -->")[0]
+    assert without.split("<!-- /modes -->")[1] == original.split("<!-- /modes -->")[1]
+
+
 def test_report_modes_names_what_it_cannot_read(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments, message in (
         (["result=none.json"], "no result file at none.json"),
         (["result=none.json", "task=dream"], "task is 'dream'"),
+        (["result=none.json", "into=nowhere.md"], "no result file at none.json"),
         ([], "result: missing"),
     ):
         code, out, err = run_here("report_modes.py", *arguments, folder=trained, monkeypatch=monkeypatch, capsys=capsys)

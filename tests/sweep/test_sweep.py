@@ -146,10 +146,14 @@ def test_a_search_finds_the_minimum_and_goes_on_where_it_was() -> None:
     assert sweep(*SEARCH, "sweep.num_trials=5") == 0
     first = {job["job"] for job in summary()}
     assert sweep(*SEARCH, "sweep.num_trials=9") == 0
-    assert not first & {job["job"] for job in summary()}  # nothing was proposed twice
     assert calls() == 9
+    second = summary()
+    assert len(second) == 9  # nothing was proposed twice
+    assert first < {job["job"] for job in second}
+    assert all(job["metrics"]["val/bpb"] is not None for job in second)
     assert sweep(*SEARCH, "sweep.num_trials=9") == 0
     assert calls() == 9
+    assert summary() == second
     values = [float(path.name.split("lr=")[1].split("-")[0].split(",")[0]) for path in Path("s").glob("*lr=*.json")]
     assert min(abs(value - 0.3) for value in values) < 0.1
 

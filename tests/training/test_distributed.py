@@ -1,7 +1,9 @@
 """Two processes train as one: the same curve, the same parameters, checkpoints that load either way (gloo, CPU)."""
 
+import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from kernels.linear import RoundedWeights
 from neurogen.config.compose import compose_config
 from neurogen.errors import UserError
 from neurogen.training.checkpoint import load_checkpoint
-from neurogen.training.distributed import SINGLE, connect, shard_like, whole
+from neurogen.training.distributed import SINGLE, World, connect, shard_like, whole
 from neurogen.training.metrics import read_metrics
 from neurogen.training.run import train
 
@@ -32,9 +36,16 @@ RUNS: dict[str, list[str]] = {
     "ddp": ["trainer.distributed=ddp", "trainer.accumulation=2", "trainer.log_every=2"],
     "random": ["trainer.distributed=ddp", "data.batching=random", "model.tie_embedding=false"],
     "fsdp": ["trainer.distributed=fsdp", "trainer.accumulation=2", "trainer.log_every=2"],
-    "muon": ["trainer.distributed=fsdp", "optimizer=muon", "model.tie_embedding=false"],
+    "muon": ["trainer.distributed=fsdp", "optimizer=muon", "model.tie_embedding=false", "mode=pointer"],
     "half": ["trainer.distributed=ddp", "trainer.accumulation=2", "trainer.log_every=2", "trainer.stop_at_step=3"],
     "rest": ["trainer.distributed=fsdp", "trainer.accumulation=2", "trainer.log_every=2", "resume=one_half"],
+    "sharded_half": [
+        "trainer.distributed=fsdp",
+        "trainer.accumulation=2",
+        "trainer.log_every=2",
+        "trainer.stop_at_step=3",
+    ],
+    "sharded_rest": ["trainer.distributed=ddp", "trainer.accumulation=2", "trainer.log_every=2", "resume=sharded_copy"],
     "signal": ["trainer.distributed=ddp"],
     "odd": ["trainer.distributed=ddp", "data.lanes=3"],
 }
@@ -94,8 +105,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         for name in ("ddp", "random", "muon", "half"):
             run_alone(name)
-        run_together(folder, list(RUNS), {"NEUROGEN_CACHE": str(folder / "cache")})
-        train(compose_config([*BASE, "trainer.accumulation=2", "trainer.log_every=2", "resume=half"]))  # 2 -> 1
+        run_together(
+            folder, [name for name in RUNS if name != "sharded_rest"], {"NEUROGEN_CACHE": str(folder / "cache")}
+        )
+        shutil.copytree(folder / "sharded_half", folder / "sharded_copy")
+        run_together(folder, ["sharded_rest"], {"NEUROGEN_CACHE": str(folder / "cache")})
+        for name in ("half", "sharded_half"):  # 2 -> 1
+            train(compose_config([*BASE, "trainer.accumulation=2", "trainer.log_every=2", f"resume={name}"]))
     finally:
         patch.undo()
     return folder
@@ -137,8 +153,13 @@ def test_sharded_is_whole(runs: Path) -> None:
     assert_same(runs, "fsdp", "one_ddp")
 
 
-def test_a_checkpoint_of_two_loads_in_one(runs: Path) -> None:
-    assert_same(runs, "half", "one_ddp")
+@pytest.mark.parametrize("name", ["half", "sharded_half"])
+def test_a_checkpoint_of_two_loads_in_one(runs: Path, name: str) -> None:
+    assert_same(runs, name, "one_ddp")
+
+
+def test_a_checkpoint_of_two_that_shard_loads_in_two_that_do_not(runs: Path) -> None:
+    assert_same(runs, "sharded_copy", "one_ddp")
 
 
 def test_a_checkpoint_of_one_loads_in_two_that_shard(runs: Path) -> None:
@@ -179,6 +200,36 @@ def test_torchrun_and_the_configuration_have_to_agree(monkeypatch: pytest.Monkey
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="each process takes a GPU of its own"):
         connect("ddp", "cuda:1")
+
+
+def test_what_is_kept_of_a_gathered_weight_is_made_anew_in_each_pass() -> None:
+    """FSDP writes new values behind the version counter, and the allocator gives the old address again."""
+
+    class Layer(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append((self.weight._version, store.get([self.weight], torch.bfloat16), self.weight.detach().clone()))
+            return super().forward(x)
+
+    seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    store = RoundedWeights()
+    model = torch.nn.Sequential(Layer(8, 8), torch.nn.Linear(8, 1))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        world = World("fsdp")
+        spread = world.spread(model, [model[0]])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(4):
+            optimizer.zero_grad()
+            spread(torch.ones(2, 8)).square().sum().backward()
+            optimizer.step()
+            with torch.no_grad(), world.gathered(model):
+                model(torch.ones(2, 8))
+    finally:
+        dist.destroy_process_group()
+    versions = [version for version, _, _ in seen]
+    assert len({float(weight[0, 0]) for _, _, weight in seen}) == 5  # before each step, and after the last
+    assert all(later > earlier for earlier, later in itertools.pairwise(versions))
+    assert torch.equal(seen[-1][1], seen[-1][2].bfloat16())
 
 
 def test_a_world_of_one_is_trivial() -> None:
