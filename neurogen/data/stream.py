@@ -103,23 +103,29 @@ class StreamWriter:
         self._offsets.close()
 
 
-def open_stream(directory: Path, name: str, entry: dict[str, Any], *, document_start_id: int | None) -> TokenStream:
-    """Map the stream that a `StreamWriter` wrote. UserError, naming the file, when its size is not the manifest's."""
-    tokens = _map(directory / f"{name}.bin", np.dtype(DTYPES[entry["dtype"]]).newbyteorder("<"), entry["num_tokens"])
-    offsets = _map(directory / f"{name}.offsets", np.dtype("<i8"), entry["num_documents"])
+def open_stream(
+    directory: Path, name: str, entry: dict[str, Any], *, document_start_id: int | None, remedy: str | None = None
+) -> TokenStream:
+    """Map the stream that a `StreamWriter` wrote. UserError, naming the file, when its size is not the manifest's.
+
+    remedy: what to do then; default: to have the directory built again.
+    """
+    remedy = remedy or f"delete {directory} to build it again"
+    tokens = _map(
+        directory / f"{name}.bin", np.dtype(DTYPES[entry["dtype"]]).newbyteorder("<"), entry["num_tokens"], remedy
+    )
+    offsets = _map(directory / f"{name}.offsets", np.dtype("<i8"), entry["num_documents"], remedy)
     return TokenStream(tokens, offsets, document_start_id, entry["sha256"], name)
 
 
-def _map(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
+def _map(path: Path, dtype: np.dtype, length: int, remedy: str) -> np.ndarray:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; delete {path.parent} to build it again") from None
+        raise UserError(f"cannot read {path}: {error.strerror}; {remedy}") from None
     if size != length * dtype.itemsize:
         expected = length * dtype.itemsize
-        raise UserError(
-            f"{path} has {size} bytes, its manifest says {expected}; delete {path.parent} to build it again"
-        )
+        raise UserError(f"{path} has {size} bytes, its manifest says {expected}; {remedy}")
     # As a plain array: slicing a np.memmap makes another one each time, ten times as slow.
     return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if length else np.empty(0, dtype)
 
