@@ -7,7 +7,11 @@ The conversation is the brain's state: it stays as large as it is however long y
 a file, /branch keeps a copy to return to. Ctrl-C ends a reply, Ctrl-D or /quit the session.
 """
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a traceback
 
 from neurogen.config.chat_config import ChatConfig
 from neurogen.config.script import run_script

@@ -11,13 +11,18 @@ that has no more validation tokens than one window of the training had is refuse
 """
 
 import json
+import signal
 import sys
+from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a traceback
 
 from neurogen.config.script import run_script
 from neurogen.config.script_configs import EvaluateConfig
 from neurogen.data import build_corpus
 from neurogen.errors import UserError
-from neurogen.training.evaluation import evaluate
+from neurogen.training.evaluation import evaluate_corpus
 from neurogen.training.trained import load_trained
 
 
@@ -47,30 +52,19 @@ def main(config: EvaluateConfig) -> None:
         "step": trained.step,
         "mode": trained.model.mode.name,
     }
+    settings: dict[str, Any] = {
+        "lanes": data.lanes,
+        "window": data.window,
+        "precision": trained.precision,
+        "max_tokens": config.max_tokens,
+    }
     for prefix, carry_state in (("", True), ("reset_", False)):
-        result = evaluate(
-            trained.model,
-            corpus.validation,
-            corpus.tokenizer,
-            lanes=data.lanes,
-            window=data.window,
-            precision=trained.precision,
-            max_tokens=config.max_tokens,
-            carry_state=carry_state,
-        )
+        result, sources = evaluate_corpus(trained.model, corpus, carry_state=carry_state, **settings)
         results |= {f"{prefix}{key.removeprefix('val/')}": value for key, value in result.metrics("val").items()}
+        results |= {f"{prefix}bpb/{name}": source.bits_per_byte for name, source in sources.items()}
     results |= {"num_tokens": result.num_targets, "num_bytes": result.num_bytes}
     for context in config.contexts:
-        result = evaluate(
-            trained.model,
-            corpus.validation,
-            corpus.tokenizer,
-            lanes=data.lanes,
-            window=data.window,
-            precision=trained.precision,
-            max_tokens=config.max_tokens,
-            context=context,
-        )
+        result, _ = evaluate_corpus(trained.model, corpus, context=context, **settings)
         results[f"context_{context}_bpb"] = result.bits_per_byte
     print(json.dumps(results))
 

@@ -12,8 +12,12 @@ stderr.
 """
 
 import json
+import signal
 import sys
 import time
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a traceback
 
 from neurogen.config.script import run_script
 from neurogen.config.script_configs import GenerateConfig

@@ -14,9 +14,13 @@ Settings are key=value, as in the other scripts:
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a traceback
 
 import hydra
 from hydra.errors import HydraException
@@ -26,6 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from neurogen.config.script import interrupts_raise
 from neurogen.data import DataConfig
 from neurogen.data.corpus import left_out
 from neurogen.data.prepare import Progress, prepare_shards
@@ -37,6 +42,7 @@ NUMBERS = ("workers", "shard_tokens")
 
 
 def main(arguments: list[str]) -> int:
+    interrupts_raise()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
@@ -103,7 +109,8 @@ def run(own: dict[str, Any], config: DataConfig) -> dict[str, Any]:
         before[path] = total
         total += size
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=total)
 
         def show(progress: Progress) -> None:

@@ -13,7 +13,11 @@ below runs/ gets the resolved configuration, metrics.jsonl, samples, plots, chec
 and says where (exit code 130), SIGTERM too (143).
 """
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a traceback
 
 from neurogen.config.continued import continue_config
 from neurogen.config.script import run_script

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,6 +37,7 @@ def run_script(
     Returns the exit code: the task's (None is 0), 2 after `error: ...` on stderr for what a user can mend, 130 after a
     Ctrl-C that the task did not take. A bug keeps its traceback.
     """
+    interrupts_raise()
     words, texts = _split_verbatim(list(sys.argv[1:] if arguments is None else arguments), verbatim)
     outcome: list[int | UserError] = []
 
@@ -75,6 +78,13 @@ def run_script(
     if errors:
         return USER_ERROR_EXIT_CODE
     return max((result for result in outcome if isinstance(result, int)), default=0)
+
+
+def interrupts_raise() -> None:
+    """Have Ctrl-C raise KeyboardInterrupt again, where a script had it end the process while it was importing."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _split_verbatim(words: list[str], verbatim: Sequence[str]) -> tuple[list[str], dict[str, str]]:

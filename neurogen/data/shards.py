@@ -100,7 +100,13 @@ def open_shards(directory: str | Path, *, verify: bool = True, tokenizer: Tokeni
     for part in PARTS:
         shards = []
         for entry in manifest["shards"][part]:
-            shard = open_stream(directory, entry["name"], entry, document_start_id=made_by.document_start_id)
+            shard = open_stream(
+                directory,
+                entry["name"],
+                entry,
+                document_start_id=made_by.document_start_id,
+                remedy="fetch or prepare it again",
+            )
             if verify:
                 _verify(directory, entry)
             shards.append(shard)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -48,16 +48,26 @@ class TokenStream:
 
 
 class StreamWriter:
-    """Writes `<name>.bin` and `<name>.offsets` in `directory`, little-endian, without holding the stream in memory."""
+    """Writes `<name>.bin` and `<name>.offsets` in `directory`, little-endian, without holding the stream in memory.
 
-    def __init__(self, directory: Path, name: str, *, dtype: str) -> None:
+    after: an entry that `sync` returned, to carry on from there; what was written later is cut off.
+    """
+
+    def __init__(self, directory: Path, name: str, *, dtype: str, after: dict[str, Any] | None = None) -> None:
         self._dtype = np.dtype(DTYPES[dtype]).newbyteorder("<")
         self._name = name
-        self._tokens = open(directory / f"{name}.bin", "wb", buffering=1 << 20)  # noqa: SIM115 (close() closes it)
-        self._offsets = open(directory / f"{name}.offsets", "wb", buffering=1 << 16)  # noqa: SIM115
+        mode = "wb" if after is None else "r+b"
+        self._tokens: IO[bytes] = open(directory / f"{name}.bin", mode, buffering=1 << 20)  # noqa: SIM115 (close() does)
+        self._offsets: IO[bytes] = open(directory / f"{name}.offsets", mode, buffering=1 << 16)  # noqa: SIM115
         self._sha256 = hashlib.sha256()
-        self.num_tokens = 0
-        self.num_documents = 0
+        self.num_tokens: int = after["num_tokens"] if after else 0
+        self.num_documents: int = after["num_documents"] if after else 0
+        if after is not None:
+            self._tokens.truncate(self.num_tokens * self._dtype.itemsize)
+            self._offsets.truncate(self.num_documents * 8)
+            while block := self._tokens.read(1 << 22):
+                self._sha256.update(block)
+            self._offsets.seek(0, os.SEEK_END)
 
     def start_document(self) -> None:
         self._offsets.write(np.int64(self.num_tokens).astype("<i8").tobytes())
@@ -71,10 +81,15 @@ class StreamWriter:
 
     def close(self) -> dict[str, Any]:
         """Flush, sync and close. Returns the stream's entry for the manifest."""
+        entry = self.sync()
+        self.abort()
+        return entry
+
+    def sync(self) -> dict[str, Any]:
+        """Have all that was written on disk. Returns the entry for the manifest of the stream as it is now."""
         for file in (self._tokens, self._offsets):
             file.flush()
             os.fsync(file.fileno())
-        self.abort()
         return {
             "num_tokens": self.num_tokens,
             "num_documents": self.num_documents,
@@ -88,23 +103,29 @@ class StreamWriter:
         self._offsets.close()
 
 
-def open_stream(directory: Path, name: str, entry: dict[str, Any], *, document_start_id: int | None) -> TokenStream:
-    """Map the stream that a `StreamWriter` wrote. UserError, naming the file, when its size is not the manifest's."""
-    tokens = _map(directory / f"{name}.bin", np.dtype(DTYPES[entry["dtype"]]).newbyteorder("<"), entry["num_tokens"])
-    offsets = _map(directory / f"{name}.offsets", np.dtype("<i8"), entry["num_documents"])
+def open_stream(
+    directory: Path, name: str, entry: dict[str, Any], *, document_start_id: int | None, remedy: str | None = None
+) -> TokenStream:
+    """Map the stream that a `StreamWriter` wrote. UserError, naming the file, when its size is not the manifest's.
+
+    remedy: what to do then; default: to have the directory built again.
+    """
+    remedy = remedy or f"delete {directory} to build it again"
+    tokens = _map(
+        directory / f"{name}.bin", np.dtype(DTYPES[entry["dtype"]]).newbyteorder("<"), entry["num_tokens"], remedy
+    )
+    offsets = _map(directory / f"{name}.offsets", np.dtype("<i8"), entry["num_documents"], remedy)
     return TokenStream(tokens, offsets, document_start_id, entry["sha256"], name)
 
 
-def _map(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
+def _map(path: Path, dtype: np.dtype, length: int, remedy: str) -> np.ndarray:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; delete {path.parent} to build it again") from None
+        raise UserError(f"cannot read {path}: {error.strerror}; {remedy}") from None
     if size != length * dtype.itemsize:
         expected = length * dtype.itemsize
-        raise UserError(
-            f"{path} has {size} bytes, its manifest says {expected}; delete {path.parent} to build it again"
-        )
+        raise UserError(f"{path} has {size} bytes, its manifest says {expected}; {remedy}")
     # As a plain array: slicing a np.memmap makes another one each time, ten times as slow.
     return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if length else np.empty(0, dtype)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-import socket
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +19,8 @@ from neurogen.data.bpe import BpeTokenizer
 from neurogen.data.config import DataConfig, default_cache_dir
 from neurogen.data.corpus import PARTS, Corpus
 from neurogen.data.documents import Document, iterate_documents
-from neurogen.data.hub import hub_documents
+from neurogen.data.hub import HubReader, StreamBroken
+from neurogen.data.kept import PROGRESS, keep, read_progress, start_build, write_progress
 from neurogen.data.sources import SourceFile, find_sources
 from neurogen.data.stream import StreamWriter, dtype_for, open_stream
 from neurogen.data.tokenizer import ByteTokenizer, Tokenizer
@@ -30,6 +31,7 @@ from neurogen.storage.files import fsync_directory, write_durably
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 ENCODE_BYTES = 4 << 20
+NOTE_BYTES = 16 << 20  # of text from the hub between two notes of how far it was read
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def build_text_corpus(
     tokenizer: used instead of the one `config` describes, e.g. the one a checkpoint carries.
 
     Raises UserError as `find_sources`, `iterate_documents` and the tokenizers do, and when a part comes out empty.
-    Whatever is raised, nothing of the attempt stays in the cache.
+    Whatever is raised, nothing of the attempt stays in the cache; but where text from the hub was interrupted (a kill,
+    Ctrl-C, a network that failed), what had come is kept and the next call carries on from there.
     """
     cache = Path(cache_dir or config.cache_dir or default_cache_dir())
     sources = find_sources(config)
@@ -84,9 +87,13 @@ def open_corpus(directory: str | Path) -> Corpus:
 
 def documents_of(config: DataConfig, sources: list[SourceFile], counts: Counter[str]) -> Iterator[Document]:
     """The documents of `config`: of its files, or of the hub for a slimpajama without files."""
-    if config.kind == "slimpajama" and not sources:
-        return hub_documents(config, counts)
+    if _reads_hub(config, sources):
+        return HubReader(config, counts).documents()
     return iterate_documents(sources, config, counts)
+
+
+def _reads_hub(config: DataConfig, sources: list[SourceFile]) -> bool:
+    return config.kind == "slimpajama" and not sources
 
 
 def training_text(config: DataConfig) -> Iterator[str]:
@@ -135,14 +142,18 @@ def cache_key(config: DataConfig, sources: list[SourceFile], tokenizer: Tokenize
 def _build(
     config: DataConfig, sources: list[SourceFile], tokenizer: Tokenizer | None, cache: Path, final: Path
 ) -> None:
+    # A separator is a piece of its own, so a note could fall between a document and what has to follow it.
+    carry_on = _reads_hub(config, sources) and config.document_separator is None
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        _remove_stale(cache)
-        temporary = Path(tempfile.mkdtemp(prefix=f"tmp-{socket.gethostname()}-{os.getpid()}-", dir=cache))
+        temporary = start_build(cache, final.name, carry_on=carry_on)
     except OSError as error:
         raise UserError(f"cannot write to the cache {cache}: {error.strerror}; set data.cache_dir") from None
     try:
-        _write_corpus(config, sources, tokenizer, temporary)
+        if carry_on:
+            _write_from_hub(config, tokenizer, temporary, final.name)
+        else:
+            _write_from_files(config, sources, tokenizer, temporary)
         try:
             os.rename(temporary, final)
         except OSError:
@@ -150,43 +161,91 @@ def _build(
             if not final.exists():
                 raise
         fsync_directory(cache)
+    except StreamBroken as error:
+        if keep(temporary):
+            raise UserError(f"{error}; or try again: what had come is kept in {cache}") from error
+        raise
     except OSError as error:
         raise UserError(f"cannot build the corpus in {cache}: {error.strerror}; set data.cache_dir") from error
+    except KeyboardInterrupt:
+        keep(temporary)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_corpus(config: DataConfig, sources: list[SourceFile], tokenizer: Tokenizer | None, directory: Path) -> None:
+def _write_from_files(
+    config: DataConfig, sources: list[SourceFile], tokenizer: Tokenizer | None, directory: Path
+) -> None:
     cut = tail_cut(config, sources)
-    if tokenizer is None:
-        tokenizer = make_tokenizer(config, sources, cut)
-    separated = config.document_separator is not None
+    tokenizer = tokenizer or make_tokenizer(config, sources, cut)
     counts: Counter[str] = Counter()
-    specials = () if separated else (tokenizer.document_start_id,)
-    text_ids = 256 if tokenizer.kind == "bytes" else tokenizer.vocab_size
-    dtype = dtype_for(max(text_ids - 1, *specials) if specials else text_ids - 1)
-    writers = {part: StreamWriter(directory, part, dtype=dtype) for part in PARTS}
-    try:
-        pieces = split_pieces(documents_of(config, sources, counts), config, cut, align=tokenizer.needs_text)
-        _tokenize(pieces, tokenizer, writers, document_start=not separated, limit=_train_limit(config))
+    pieces = split_pieces(documents_of(config, sources, counts), config, cut, align=tokenizer.needs_text)
+    with _writers(config, tokenizer, directory) as writers:
+        _tokenize(pieces, config, tokenizer, writers)
         streams = {part: writer.close() for part, writer in writers.items()}
+    tokenizer.save(directory)
+    _write_manifest(config, tokenizer, streams, counts, directory)
+
+
+def _write_from_hub(config: DataConfig, tokenizer: Tokenizer | None, directory: Path, key: str) -> None:
+    """As `_write_from_files`; carries on where a stopped build in `directory` has left a note."""
+    before = read_progress(directory)
+    if before is None:
+        tokenizer = tokenizer or make_tokenizer(config, [], None)
+        tokenizer.save(directory)
+    else:
+        tokenizer = load_tokenizer(directory)
+    counts = Counter(before["counts"] if before else {})
+    reader = HubReader(config, counts, before["hub"] if before else None)
+    with _writers(config, tokenizer, directory, before["streams"] if before else {}) as writers:
+
+        def note() -> None:
+            streams = {part: writer.sync() for part, writer in writers.items()}
+            write_progress(directory, key, {"hub": reader.position(), "counts": counts, "streams": streams})
+
+        if before is None and tokenizer.kind == "bpe":
+            note()  # so that it is not trained again
+        pieces = split_pieces(reader.documents(), config, None, align=tokenizer.needs_text)
+        _tokenize(pieces, config, tokenizer, writers, note)
+        streams = {part: writer.close() for part, writer in writers.items()}
+    _write_manifest(config, tokenizer, streams, counts, directory)
+    (directory / PROGRESS).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writers(
+    config: DataConfig, tokenizer: Tokenizer, directory: Path, before: dict[str, Any] | None = None
+) -> Iterator[dict[str, StreamWriter]]:
+    text_ids = 256 if tokenizer.kind == "bytes" else tokenizer.vocab_size
+    specials = () if config.document_separator is not None else (tokenizer.document_start_id,)
+    dtype = dtype_for(max(text_ids - 1, *specials) if specials else text_ids - 1)
+    writers = {part: StreamWriter(directory, part, dtype=dtype, after=(before or {}).get(part)) for part in PARTS}
+    try:
+        yield writers
     finally:
         for writer in writers.values():
             writer.abort()
+
+
+def _write_manifest(
+    config: DataConfig, tokenizer: Tokenizer, streams: dict[str, Any], counts: Counter[str], directory: Path
+) -> None:
     for part, entry in streams.items():
         if not entry["num_documents"]:
+            more = "more text" if config.max_chunks is None else "a larger data.max_chunks"
+            other = "" if config.kind == "slimpajama" else "data.split=tail, "
             raise UserError(
                 f"the {part} part is empty: data.split={config.split} with data.validation_fraction="
                 f"{config.validation_fraction} left it none of {counts['documents']} documents; "
-                "use data.split=tail or more text"
+                f"use {other}another data.validation_fraction or {more}"
             )
-    tokenizer.save(directory)
     digest = hashlib.sha256(json.dumps([tokenizer.fingerprint, streams], sort_keys=True).encode()).hexdigest()
     manifest = {
         "format_version": FORMAT_VERSION,
         "fingerprint": digest,
         "tokenizer": tokenizer.fingerprint,
-        "document_start_id": None if separated else tokenizer.document_start_id,
+        "document_start_id": None if config.document_separator is not None else tokenizer.document_start_id,
         "streams": streams,
         "counts": dict(counts),
     }
@@ -218,7 +277,11 @@ def tail_cut(config: DataConfig, sources: list[SourceFile]) -> int | None:
     if held_out is None:
         held_out = max(1, round(total * config.validation_fraction))
     if held_out >= total:
-        raise UserError(f"data.validation_bytes is {held_out}, but the text has {total} bytes in all; lower it")
+        by = "validation_fraction" if config.validation_bytes is None else "validation_bytes"
+        raise UserError(
+            f"data.{by}={getattr(config, by)} holds out {held_out} of the text's {total} bytes, which leaves none to "
+            f"train on; lower data.{by} or give more text"
+        )
     return total - held_out
 
 
@@ -261,13 +324,15 @@ def _cut_within(piece: bytes, at: int, *, align: bool) -> int:
 
 def _tokenize(
     pieces: Iterator[Piece],
+    config: DataConfig,
     tokenizer: Tokenizer,
     writers: dict[str, StreamWriter],
-    *,
-    document_start: bool,
-    limit: int | None,
+    note: Callable[[], None] | None = None,
 ) -> None:
+    """Write the ids of `pieces`. note: called between documents, each time NOTE_BYTES of text have been written."""
     start = np.array([tokenizer.document_start_id], dtype=np.uint32)
+    document_start = config.document_separator is None
+    limit = _train_limit(config)
     train = writers["train"]
 
     def full() -> bool:
@@ -287,32 +352,17 @@ def _tokenize(
             writer.write(ids)
 
     batch: list[Piece] = []
-    size = 0
+    size = unnoted = 0
     for piece in pieces:
         batch.append(piece)
         size += len(piece.text)
         if size >= ENCODE_BYTES:
             flush(batch)
-            batch, size = [], 0
             if full():
                 return
+            unnoted += size
+            batch, size = [], 0
+            if note is not None and unnoted >= NOTE_BYTES:
+                note()
+                unnoted = 0
     flush(batch)
-
-
-def _remove_stale(cache: Path) -> None:
-    """Remove what a killed process of this machine left half built."""
-    prefix = f"tmp-{socket.gethostname()}-"
-    for path in cache.glob(f"{prefix}*"):
-        pid = path.name[len(prefix) :].split("-")[0]
-        if pid.isdigit() and not _is_running(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from neurogen.data import Tokenizer, TokenStream, validation_batches
+from neurogen.data import Corpus, Tokenizer, TokenStream, validation_batches
 from neurogen.data.batches import IGNORE
 from neurogen.training.distributed import SINGLE, World
 from neurogen.training.precision import Precision
@@ -52,6 +52,15 @@ class Evaluation:
         """Share of targets that the arg-max hits."""
         return self.num_correct / self.num_targets
 
+    def __add__(self, other: Evaluation) -> Evaluation:
+        """The two texts as one."""
+        return Evaluation(
+            self.nats + other.nats,
+            self.num_targets + other.num_targets,
+            self.num_correct + other.num_correct,
+            self.num_bytes + other.num_bytes,
+        )
+
     def metrics(self, prefix: str) -> dict[str, float]:
         """`<prefix>/loss`, `/bpb`, `/perplexity` and `/accuracy`."""
         return {
@@ -60,6 +69,23 @@ class Evaluation:
             f"{prefix}/perplexity": self.perplexity,
             f"{prefix}/accuracy": self.accuracy,
         }
+
+
+def evaluate_corpus(
+    model: LanguageModel, corpus: Corpus, *, max_tokens: int | None = None, **settings: Any
+) -> tuple[Evaluation, dict[str, Evaluation]]:
+    """The validation text as a whole, and of a mixture each source. `settings` as `evaluate` takes them.
+
+    max_tokens is shared out evenly among the sources: the first tokens of a mixture are all of its first source.
+    """
+    streams = corpus.validation_sources or {"": corpus.validation}
+    share = None if max_tokens is None else max(1, max_tokens // len(streams))
+    results = {
+        name: evaluate(model, stream, corpus.tokenizer, max_tokens=share, **settings)
+        for name, stream in streams.items()
+    }
+    first, *others = results.values()
+    return sum(others, start=first), results if corpus.validation_sources else {}
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Mirrors of a run's metrics elsewhere. metrics.jsonl is the source of truth; no failure here stops training."""
 
+import os
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -67,7 +68,7 @@ def _warn(text: str) -> None:
 
 
 class WandbLogger:
-    """Mirror to Weights & Biases, offline unless the mode is "online".
+    """Mirror to Weights & Biases, offline unless the mode is "online". Offline, nothing goes over the network.
 
     W&B's files lie in the run directory, and so does the run id, so that a resumed run continues the same W&B run.
     The first error of W&B (its package missing, no network, a full disk) is told in one line and ends the mirroring,
@@ -97,9 +98,12 @@ class WandbLogger:
         self._guard(lambda: self._start(config, run_dir))
 
     def _start(self, config: dict[str, Any], run_dir: Path) -> None:
+        online = self._config.mode == "online"
+        if not online:
+            # Otherwise its service looks up W&B's server in order to report its own errors, offline or not.
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb  # here, because it takes a second to import and training must work without it
 
-        online = self._config.mode == "online"
         id_path = run_dir / RUN_ID_NAME
         known_id = id_path.read_text(encoding="ascii").strip() if id_path.exists() else None
         run_id = known_id or secrets.token_hex(4)

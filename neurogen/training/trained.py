@@ -51,6 +51,8 @@ def load_trained(path: str, *, mode: ModeConfig, device: str, dtype: str) -> Tra
     Raises UserError, one line, if there is no checkpoint, it is damaged, or its tokenizer and its weights disagree on
     the vocabulary.
     """
+    if not path:
+        raise UserError("checkpoint is empty; give a run directory or a checkpoints/step-... folder")
     precision = Precision.resolve(resolve_device(device), dtype)
     checkpoint = load_checkpoint(path)
     if checkpoint.tokenizer_dir is None or "config" not in checkpoint.metadata:

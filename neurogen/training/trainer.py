@@ -16,7 +16,7 @@ from neurogen.data import Batch
 from neurogen.data.prefetch import Prefetcher
 from neurogen.errors import UserError
 from neurogen.training.dry_run import check_memory
-from neurogen.training.evaluation import evaluate
+from neurogen.training.evaluation import evaluate_corpus
 from neurogen.training.flops import model_flops_utilization, peak_memory_bytes
 from neurogen.training.recorded import Pace, RecordedUpdate, can_record
 from neurogen.training.recorder import Recorder, SilentRecorder
@@ -186,15 +186,10 @@ class Trainer:
         """
         session, data = self.session, self.session.config.data
         metrics: dict[str, float] = {}
-        passes = [("val", session.corpus.validation, True)]
-        if self.config.evaluate_reset:
-            passes.append(("val_reset", session.corpus.validation, False))
-        passes += [(f"val/{name}", stream, True) for name, stream in session.corpus.validation_sources.items()]
-        for prefix, stream, carry_state in passes:
-            result = evaluate(
+        for prefix, carry_state in (("val", True), ("val_reset", False))[: 1 + self.config.evaluate_reset]:
+            whole, sources = evaluate_corpus(
                 session.model,
-                stream,
-                session.corpus.tokenizer,
+                session.corpus,
                 lanes=data.lanes // self.config.accumulation,
                 window=data.window,
                 precision=session.precision,
@@ -202,7 +197,10 @@ class Trainer:
                 carry_state=carry_state,
                 world=self.world,
             )
-            metrics |= result.metrics(prefix)
+            metrics |= whole.metrics(prefix)
+            if carry_state:
+                for name, source in sources.items():
+                    metrics |= source.metrics(f"{prefix}/{name}")
         return metrics
 
     def _sample(self) -> None:

@@ -114,7 +114,9 @@ def test_a_split_without_validation(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["only one"])
     with pytest.raises(UserError, match=r"the (train|validation) part is empty.*data\.split=tail"):
         build_corpus(text_config(path, split="documents"), tmp_path / "cache")
-    with pytest.raises(UserError, match="validation_bytes is 8, but the text has 8 bytes"):
+    with pytest.raises(
+        UserError, match=r"data\.validation_bytes=8 holds out 8 of the text's 8 bytes.*lower data\.validation_bytes"
+    ):
         build_corpus(text_config(path, validation_bytes=8), tmp_path / "cache")
     assert leftovers(tmp_path / "cache") == []
 
@@ -248,7 +250,7 @@ def test_the_cache_is_used_and_follows_files_and_settings(tmp_path, monkeypatch)
     config = text_config(path)
     first = build_corpus(config, cache)
     assert len(leftovers(cache)) == 1
-    monkeypatch.setattr("neurogen.data.text_corpus._write_corpus", None)  # building again would fail
+    monkeypatch.setattr("neurogen.data.text_corpus._write_from_files", None)  # building again would fail
     again = build_corpus(text_config(path, lanes=3, window=5, batching="random"), cache)
     assert again.fingerprint == first.fingerprint
     np.testing.assert_array_equal(again.train.tokens, first.train.tokens)

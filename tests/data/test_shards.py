@@ -197,7 +197,7 @@ def test_damage_is_named(tmp_path, source):
         (out / name).write_bytes(data)
         expect(rf"{name} has sha256 \w+, but its manifest says")
         (out / name).write_bytes(sound[name][:-2])
-        expect(rf"{name} has \d+ bytes", verify=False)
+        expect(rf"{name} has \d+ bytes.*; fetch or prepare it again", verify=False)
         (out / name).unlink()
         expect(f"cannot read .*{name}")
     manifest = json.loads(sound["manifest.json"])
@@ -273,7 +273,8 @@ def test_the_script_fails_in_one_line(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     failed = subprocess.run([*command, "workers=1"], capture_output=True, text=True, env=environment, check=False)
     assert failed.returncode == 2
-    assert failed.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert failed.stderr.startswith("error: ")
+    assert failed.stderr.count("\n") == 1
     assert "b.jsonl line 2 has no text under 'text'" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert not (tmp_path / "bad").exists()

@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -262,6 +263,33 @@ def test_chat_replies(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert (code, err) == (0, "")
     assert "saved 1" in out
     assert BrainState.load(trained / "talk.state").lanes == 1
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "generate.py", "chat.py", "prepare_data.py"])
+def test_ctrl_c_while_importing_is_no_traceback(script: str, tmp_path: Path) -> None:
+    """With a neurogen that takes for ever to import."""
+    (tmp_path / "neurogen").mkdir()
+    (tmp_path / "neurogen" / "__init__.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "scripts" / script)]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (-signal.SIGINT, "")
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "generate.py"])
+def test_an_empty_checkpoint_is_not_the_folder_one_is_in(
+    script: str, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inside = trained / "runs" / "a"
+    code, out, err = run_here(script, "checkpoint=", folder=inside, monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert err == "error: checkpoint is empty; give a run directory or a checkpoints/step-... folder\n"
 
 
 def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:

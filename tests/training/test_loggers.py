@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from omegaconf import OmegaConf
 
@@ -88,6 +89,10 @@ def test_offline_writes_into_the_run_directory_and_asks_nothing(tmp_path: Path, 
     for row in ROWS:
         logger.log(row)
     logger.log_samples([{"prompt": "a", "text": "b"}], step=2)
+    # With error reporting its service would look up W&B's server, whatever the mode.
+    services = [child.cmdline() for child in psutil.Process().children() if child.name().startswith("wandb-core")]
+    assert services
+    assert all("--no-observability" in words for words in services)
     logger.finish("finished")
     assert capsys.readouterr() == ("", "")
     run_id = (run_dir / "wandb_run_id").read_text().strip()
@@ -116,6 +121,19 @@ def test_offline_is_said_outright(tmp_path: Path, fake: SimpleNamespace) -> None
     assert ("define_metric", "*", "step") in fake.run.calls
     assert fake.run.calls[-1] == ("finish", 0)
     assert fake.run.summary == {"state": "finished"}
+
+
+@pytest.mark.parametrize(("mode", "asked", "expected"), [("offline", None, "false"), ("offline", "true", "true"),
+                                                          ("online", None, None)])  # fmt: skip
+def test_errors_are_reported_online_or_where_asked(
+    tmp_path: Path, fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, mode: str, asked: str | None,
+    expected: str | None,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "true")  # so that it is put back afterwards
+    if asked is None:
+        monkeypatch.delenv("WANDB_ERROR_REPORTING")
+    use(WandbLogger(LoggerConfig(name="wandb", mode=mode)), tmp_path)
+    assert os.environ.get("WANDB_ERROR_REPORTING") == expected
 
 
 def test_online_by_one_choice_and_the_same_run_goes_on(tmp_path: Path, fake: SimpleNamespace) -> None:

@@ -280,4 +280,8 @@ def test_a_mixture_evaluates_each_source(text: Path) -> None:
             ["experiment=test", "data=mixture", f"data.sources={sources}", *QUICK, "run_dir=m", "trainer.max_steps=1"]
         )
     )
-    assert {"val/bpb", "val/a/bpb", "val/b/bpb", "val_reset/bpb"} <= read_metrics("m/metrics.jsonl")[-1].keys()
+    row = read_metrics("m/metrics.jsonl")[-1]
+    assert row["val/a/loss"] != row["val/b/loss"]
+    assert "val_reset/bpb" in row
+    # Both have the same share of evaluate_tokens, so the whole is their mean and not just the first source.
+    assert row["val/loss"] == pytest.approx((row["val/a/loss"] + row["val/b/loss"]) / 2, rel=1e-6)
