@@ -211,7 +211,7 @@ def decode_fused(
         copy_bytes = weight_copy.numel() * weight_copy.element_size()
     rows = hidden.reshape(-1, hidden.shape[-1])
     row_bytes = _pitch(weight.shape[0]) * hidden.element_size()
-    is_one_chunk = chunk_rows(len(rows), row_bytes, copy_bytes) >= len(rows) > 0
+    is_one_chunk = len(rows) > 0 and chunk_rows(len(rows), row_bytes, copy_bytes) >= len(rows)
     loss, num_correct, num_targets, _, _ = decode_forward(
         rows,
         weight,
