@@ -31,7 +31,17 @@ def everything(model: NeuroGen, mode: str, state: BrainState, ids: Tensor, start
     return {name: x.detach().double() for name, x in results.items()}
 
 
-@pytest.mark.parametrize("settings", [{"memory_rule": "hebbian"}, {"memory_rule": "delta", "tie_embedding": True}])
+SMOOTH = {"spike": "smooth", "threshold": 0.0, "adaptation_strength": 0.0, "homeostasis": 0.0}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"memory_rule": "hebbian"},
+        {"memory_rule": "delta", "tie_embedding": True},
+        {**SMOOTH, "hippocampus_depth": 0, "pfc_depth": 0},
+    ],
+)
 def test_fused_agrees_with_unfused(settings, make_model: Callable[..., NeuroGen]):
     model = make_model(dtype=torch.float32, vocab_size=19, **SIZES, **settings)
     ids = torch.randint(19, (3, 7), generator=torch.Generator().manual_seed(0))
