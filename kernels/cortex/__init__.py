@@ -4,9 +4,9 @@ from torch import Tensor
 
 from kernels.backend import check_backend
 from kernels.cortex.reference import CortexOutput, CortexState, cortex_reference
-from kernels.cortex.spike import GRADED_CEILING, SPIKES
+from kernels.cortex.spike import CEILINGS, GRADED_CEILING, SPIKES
 
-__all__ = ["GRADED_CEILING", "SPIKES", "CortexOutput", "CortexState", "cortex"]
+__all__ = ["CEILINGS", "GRADED_CEILING", "SPIKES", "CortexOutput", "CortexState", "cortex"]
 
 
 def cortex(

@@ -8,7 +8,7 @@ from torch import Tensor
 import kernels.launch  # noqa: F401  first: it chooses the interpreter
 from kernels.cortex.launches import launch_backward, launch_forward
 from kernels.cortex.reference import CortexOutput, CortexState
-from kernels.cortex.spike import GRADED_CEILING, SPIKES
+from kernels.cortex.spike import SPIKES
 from kernels.launch import check_launchable
 
 COLUMN_WIDTHS = (16, 32, 64, 128)
@@ -46,7 +46,7 @@ def cortex_fused(
         decay.contiguous(),
         *(tensor.contiguous() for tensor in state),
         document_start,
-        GRADED_CEILING if spike_kind == "graded" else 0.0,
+        spike_kind,
         threshold,
         adaptation_strength,
         adaptation_decay,
@@ -101,7 +101,7 @@ def cortex_forward(
     initial_adaptation: Tensor,
     initial_spikes: Tensor,
     document_start: Tensor | None,
-    ceiling: float,
+    spike_kind: str,
     threshold: float,
     adaptation_strength: float,
     adaptation_decay: float,
@@ -116,7 +116,7 @@ def cortex_forward(
         initial_adaptation,
         initial_spikes,
         document_start,
-        ceiling,
+        spike_kind,
         threshold,
         adaptation_strength,
         adaptation_decay,
@@ -133,7 +133,7 @@ def _(
     initial_adaptation: Tensor,
     initial_spikes: Tensor,
     document_start: Tensor | None,
-    ceiling: float,
+    spike_kind: str,
     threshold: float,
     adaptation_strength: float,
     adaptation_decay: float,
@@ -160,7 +160,7 @@ def cortex_backward(
     document_start: Tensor | None,
     spikes: Tensor,
     excess: Tensor,
-    ceiling: float,
+    spike_kind: str,
     threshold: float,
     adaptation_strength: float,
     adaptation_decay: float,
@@ -183,7 +183,7 @@ def cortex_backward(
         spikes,
         excess,
         grad_drive,
-        ceiling,
+        spike_kind,
         threshold,
         adaptation_strength,
         adaptation_decay,
@@ -206,7 +206,7 @@ def _(
     document_start: Tensor | None,
     spikes: Tensor,
     excess: Tensor,
-    ceiling: float,
+    spike_kind: str,
     threshold: float,
     adaptation_strength: float,
     adaptation_decay: float,
@@ -217,11 +217,11 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ceiling, threshold, adaptation_strength, adaptation_decay, save = inputs
+    *tensors, spike_kind, threshold, adaptation_strength, adaptation_decay, save = inputs
     spikes, _, _, _, counts, excess = output
     ctx.mark_non_differentiable(counts, excess)
     ctx.save_for_backward(*tensors, spikes, excess)
-    ctx.constants = (ceiling, threshold, adaptation_strength, adaptation_decay)
+    ctx.constants = (spike_kind, threshold, adaptation_strength, adaptation_decay)
     assert save, "a graph needs what backward reads"
 
 

@@ -84,7 +84,7 @@ def _constants(
     drive: Tensor,
     lateral_weight: Tensor,
     document_start: Tensor | None,
-    ceiling: float,
+    spike_kind: str,
     threshold: float,
     adaptation_strength: float,
     adaptation_decay: float,
@@ -93,7 +93,7 @@ def _constants(
     is_half = drive.dtype != torch.float32
     constants = {
         "C": column_width,
-        "CEILING": ceiling,
+        "KIND": spike_kind,
         "THRESHOLD": threshold,
         "ADAPTATION_STRENGTH": adaptation_strength,
         "ADAPTATION_DECAY": adaptation_decay,
@@ -116,7 +116,7 @@ def launch_forward(
     initial_adaptation: Tensor,
     initial_spikes: Tensor,
     document_start: Tensor | None,
-    ceiling: float,
+    spike_kind: str,
     threshold: float,
     adaptation_strength: float,
     adaptation_decay: float,
@@ -158,7 +158,7 @@ def launch_forward(
             *start_strides,
             SAVE=save,
             **_constants(
-                drive, lateral_weight, document_start, ceiling, threshold, adaptation_strength, adaptation_decay
+                drive, lateral_weight, document_start, spike_kind, threshold, adaptation_strength, adaptation_decay
             ),
         )
     total = counts[0] if num_tiles == 1 else counts.sum(0, dtype=torch.int32)
@@ -180,7 +180,7 @@ def launch_backward(
     spikes: Tensor,
     excess: Tensor,
     grad_drive: Tensor,
-    ceiling: float,
+    spike_kind: str,
     threshold: float,
     adaptation_strength: float,
     adaptation_decay: float,
@@ -202,7 +202,7 @@ def launch_backward(
     num_tiles = num_lanes if one_lane else _ceil_div(num_lanes, LANES_PER_TILE)
     start, *start_strides = _starts(document_start, drive)
     constants = _constants(
-        drive, lateral_weight, document_start, ceiling, threshold, adaptation_strength, adaptation_decay
+        drive, lateral_weight, document_start, spike_kind, threshold, adaptation_strength, adaptation_decay
     )
     d_voltage, d_adaptation, d_spikes = (torch.empty_like(initial_voltage) for _ in range(3))
     leak_sums = torch.empty((num_tiles, width), device=drive.device)

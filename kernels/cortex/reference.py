@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.cortex.spike import GRADED_CEILING, spike
+from kernels.cortex.spike import CEILINGS, spike
 from kernels.precision import accumulation_dtype, no_autocast
 
 
@@ -19,7 +19,7 @@ class CortexState(NamedTuple):
 
 class CortexOutput(NamedTuple):
     """Spikes `[B, T, D]`, the state after the last token, and two counts per neuron over lanes and tokens, `[D]` int32:
-    how often it fired (spike > 0) and how often it was saturated (spike at its ceiling)."""
+    how often it fired (spike > 0) and how often it was saturated (its spike's size at least its kind's ceiling)."""
 
     spikes: Tensor
     state: CortexState
@@ -55,7 +55,7 @@ def cortex_reference(
         decay: alpha, `[D]` in (0, 1).
         state: v, a and s before the first token.
         document_start: `[B, T]` bool, or None for no start inside the sequence.
-        spike_kind: `graded` or `binary`.
+        spike_kind: `graded`, `binary` or `smooth`, as for `spike`.
         threshold: theta.
         adaptation_strength: beta.
         adaptation_decay: rho, in [0, 1).
@@ -92,9 +92,8 @@ def cortex_reference(
             return x.movedim(-3, -2).reshape(*x.shape[:-3], x.shape[-2], width)
 
         spikes = torch.stack(outputs) if outputs else driven
-        ceiling = GRADED_CEILING if spike_kind == "graded" else 1.0
         fired = spikes.detach() > 0
-        saturated = spikes.detach() >= ceiling
+        saturated = spikes.detach().abs() >= CEILINGS[spike_kind]
         return CortexOutput(
             spikes=by_neuron(spikes).transpose(0, 1).to(drive.dtype),
             state=CortexState(by_neuron(v), by_neuron(a), by_neuron(s)),

@@ -12,7 +12,7 @@ counts, and the layout serves it:
   16 neurons it will work on and turns them into its part of `[C, L]` without waiting for other warps.
 - Inputs are asked for three tokens before they are used and wait in registers.
 - Where storage is half precision, the forward product's operands are float16, whatever the storage: spikes lie in
-  [0, 4], so nothing overflows, and three bits more than bfloat16 keep u on its side of 0, where its derivative jumps
+  [-1, 4], so nothing overflows, and three bits more than bfloat16 keep u on its side of 0, where its derivative jumps
   from 0.2 to 1. (Rounded to bfloat16 instead, gradients come out up to 4 % off, with float16 below 1 %.)
 - The loops over tokens are `while` loops: Triton's compiler reads a `for` loop's invariant dot operand from shared
   memory again at every step, and its interpreter rejects run-time `range` under some NumPy versions. Where registers
@@ -23,6 +23,10 @@ import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 import triton
 import triton.language as tl
 
+from kernels.cortex import spike as definition
+
+CEILING = tl.constexpr(definition.GRADED_CEILING)
+SMOOTH_LIMIT = tl.constexpr(definition.SMOOTH_LIMIT)
 ROW = tl.constexpr(16)  # neurons a warp
 UNSPECIALIZED = ("T", "B", "start_stride_b", "start_stride_t")  # one compiled kernel serves all their values
 
@@ -51,19 +55,45 @@ def to_memory(x, L: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def spike(u, CEILING: tl.constexpr):
-    """min(relu(u), CEILING), or where CEILING is 0 the binary spike."""
-    return tl.minimum(tl.maximum(u, 0.0), CEILING) if CEILING > 0 else (u > 0).to(tl.float32)
+def tanh(u):
+    """tanh by exp, which the interpreter has too: (1 - e) / (1 + e), e = exp(-2 |u|), or where 1 - e would leave few
+    digits the first terms of tanh's series, there 2e-9 off."""
+    square = u * u
+    small = u * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+    e = tl.exp(-2.0 * tl.abs(u))
+    size = (1.0 - e) / (1.0 + e)
+    return tl.where(square < 0.015625, small, tl.where(u < 0, -size, size))
 
 
 @triton.jit
-def spike_derivative(u, CEILING: tl.constexpr):
-    """`graded_derivative` or `binary_derivative`."""
-    if CEILING > 0:
-        slope = tl.where((u > 0) & (u < CEILING), 1.0, 0.2 / (1.0 + 9.0 * u * u))
+def spike(u, KIND: tl.constexpr):
+    """`kernels.cortex.spike.spike`."""
+    if KIND == "graded":
+        s = tl.minimum(tl.maximum(u, 0.0), CEILING)
+    elif KIND == "binary":
+        s = (u > 0).to(tl.float32)
     else:
+        s = tanh(u)
+    return s
+
+
+@triton.jit
+def spike_derivative(u, KIND: tl.constexpr):
+    """`kernels.cortex.spike.derivative`."""
+    if KIND == "graded":
+        slope = tl.where((u > 0) & (u < CEILING), 1.0, 0.2 / (1.0 + 9.0 * u * u))
+    elif KIND == "binary":
         slope = 1.0 / (1.0 + 9.869604401089358 * u * u)
+    else:  # 1 - tanh^2, with no difference of nearly equal numbers
+        e = tl.exp(-2.0 * tl.abs(u))
+        slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
     return slope
+
+
+@triton.jit
+def saturates(u, KIND: tl.constexpr):
+    """Whether a graded or smooth spike is at its ceiling; a binary one is whenever it fires."""
+    return u >= CEILING if KIND == "graded" else tl.abs(u) >= SMOOTH_LIMIT
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -90,7 +120,7 @@ def cortex_forward_kernel(
     start_stride_t,
     C: tl.constexpr,
     L: tl.constexpr,
-    CEILING: tl.constexpr,
+    KIND: tl.constexpr,
     THRESHOLD: tl.constexpr,
     ADAPTATION_STRENGTH: tl.constexpr,
     ADAPTATION_DECAY: tl.constexpr,
@@ -153,14 +183,14 @@ def cortex_forward_kernel(
         w = tl.load(weights).to(operand) if RELOAD else weight
         v = pre + (1.0 - alpha) * tl.dot(w, s.to(operand), input_precision="ieee")
         u = v - THRESHOLD - ADAPTATION_STRENGTH * a
-        s = spike(u, CEILING)
+        s = spike(u, KIND)
         num_fired += (u > 0).to(tl.int32)
-        if CEILING > 0:
-            num_saturated += (u >= CEILING).to(tl.int32)
+        if KIND != "binary":
+            num_saturated += saturates(u, KIND).to(tl.int32)
         stored = to_memory(u.to(spikes.dtype.element_ty), L, C)
         if SAVE:
             tl.store(excess + token_offset, stored, mask=exists)
-        tl.store(spikes + token_offset, spike(stored.to(tl.float32), CEILING).to(spikes.dtype.element_ty), mask=exists)
+        tl.store(spikes + token_offset, spike(stored.to(tl.float32), KIND).to(spikes.dtype.element_ty), mask=exists)
         spikes += D
         excess += D
         t += 1
@@ -170,7 +200,7 @@ def cortex_forward_kernel(
     count_offset = tl.program_id(1).to(tl.int64) * 2 * D + first_neuron + c
     num_fired = tl.sum(tl.where(inside[None, :], num_fired, 0), 1)
     tl.store(counts + count_offset, num_fired)
-    if CEILING > 0:
+    if KIND != "binary":
         num_saturated = tl.sum(tl.where(inside[None, :], num_saturated, 0), 1)
         tl.store(counts + count_offset + D, num_saturated)
     else:
@@ -206,7 +236,7 @@ def cortex_backward_kernel(
     start_stride_t,
     C: tl.constexpr,
     L: tl.constexpr,
-    CEILING: tl.constexpr,
+    KIND: tl.constexpr,
     THRESHOLD: tl.constexpr,
     ADAPTATION_STRENGTH: tl.constexpr,
     ADAPTATION_DECAY: tl.constexpr,
@@ -274,12 +304,12 @@ def cortex_backward_kernel(
         u2 = tl.load(excess + token_offset, mask=exists & (t + 3 < T), other=0.0)
         g2 = tl.load(grad_spikes + grad_offset, mask=exists & (t + 3 < T), other=0.0)
 
-        s = spike(u, CEILING)
+        s = spike(u, KIND)
         leaked += to_voltage * (u + THRESHOLD - THRESHOLD * s)
         leaked += (ADAPTATION_STRENGTH * (1.0 - ADAPTATION_DECAY)) * (to_adaptation * s)
         to_adaptation = to_voltage + ADAPTATION_DECAY * to_adaptation
 
-        du = ds * spike_derivative(u, CEILING)
+        du = ds * spike_derivative(u, KIND)
         dv = next_v + du
         da = next_a - ADAPTATION_STRENGTH * du
         dx = (gain * dv).to(operand)

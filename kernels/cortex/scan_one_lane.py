@@ -18,7 +18,7 @@ import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 import triton
 import triton.language as tl
 
-from kernels.cortex.scan import UNSPECIALIZED, spike, spike_derivative
+from kernels.cortex.scan import CEILING, SMOOTH_LIMIT, UNSPECIALIZED, spike, spike_derivative
 
 
 @triton.jit
@@ -102,6 +102,12 @@ def product(w00, w10, w01, w11, x, C: tl.constexpr):
     return (sum00 + sum10) + (sum01 + sum11)
 
 
+@triton.jit
+def counted(u, is_odd, KIND: tl.constexpr):
+    """What is compared with the limits below: u, or |u| where it tells whether a smooth unit is saturated."""
+    return tl.where(is_odd, tl.abs(u), u) if KIND == "smooth" else u
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def cortex_forward_one_lane_kernel(
     drive,
@@ -125,7 +131,7 @@ def cortex_forward_one_lane_kernel(
     start_stride_b,
     start_stride_t,
     C: tl.constexpr,
-    CEILING: tl.constexpr,
+    KIND: tl.constexpr,
     THRESHOLD: tl.constexpr,
     ADAPTATION_STRENGTH: tl.constexpr,
     ADAPTATION_DECAY: tl.constexpr,
@@ -157,8 +163,9 @@ def cortex_forward_one_lane_kernel(
     own_row = row + q // 2 * (C // 2)
     stored = tl.where(is_odd, spikes, excess) + lane * T * D + first_neuron + own_row
     is_stored = is_odd | SAVE
-    # u >= CEILING is u > the float32 before it.
-    limit = tl.where(is_odd, CEILING * (1.0 - 0.5**24), 0.0)
+    # Saturated is u >= CEILING, which is u > the float32 before it; a binary neuron is where it fires.
+    highest: tl.constexpr = CEILING if KIND == "graded" else SMOOTH_LIMIT if KIND == "smooth" else 0.0
+    limit = tl.where(is_odd, highest * (1.0 - 0.5**24), 0.0)
     first_count = tl.zeros((C,), tl.int32)
     second_count = tl.zeros((C,), tl.int32)
 
@@ -196,14 +203,14 @@ def cortex_forward_one_lane_kernel(
         a = ADAPTATION_DECAY * a + (1.0 - ADAPTATION_DECAY) * s
         v = pre + (1.0 - alpha) * received
         u = v - THRESHOLD - ADAPTATION_STRENGTH * a
-        s = spike(u, CEILING)
+        s = spike(u, KIND)
         first, second = halves(u, upper)
-        first_count += (first > limit).to(tl.int32)
-        second_count += (second > limit).to(tl.int32)
+        first_count += (counted(first, is_odd, KIND) > limit).to(tl.int32)
+        second_count += (counted(second, is_odd, KIND) > limit).to(tl.int32)
         first = first.to(spikes.dtype.element_ty)
         second = second.to(spikes.dtype.element_ty)
-        first_spike = spike(first.to(tl.float32), CEILING).to(spikes.dtype.element_ty)
-        second_spike = spike(second.to(tl.float32), CEILING).to(spikes.dtype.element_ty)
+        first_spike = spike(first.to(tl.float32), KIND).to(spikes.dtype.element_ty)
+        second_spike = spike(second.to(tl.float32), KIND).to(spikes.dtype.element_ty)
         tl.store(stored, tl.where(is_odd, first_spike, first), mask=is_stored)
         tl.store(stored + 8, tl.where(is_odd, second_spike, second), mask=is_stored)
         stored += D
@@ -247,7 +254,7 @@ def cortex_backward_one_lane_kernel(
     start_stride_b,
     start_stride_t,
     C: tl.constexpr,
-    CEILING: tl.constexpr,
+    KIND: tl.constexpr,
     THRESHOLD: tl.constexpr,
     ADAPTATION_STRENGTH: tl.constexpr,
     ADAPTATION_DECAY: tl.constexpr,
@@ -305,7 +312,7 @@ def cortex_backward_one_lane_kernel(
         f1 = tl.load(document_start, mask=T > 1, other=0)
         document_start -= start_stride_t
         f2 = tl.load(document_start, mask=T > 2, other=0)
-    slope = spike_derivative(u0.to(tl.float32), CEILING)
+    slope = spike_derivative(u0.to(tl.float32), KIND)
     t = 0
     while t < T:
         u = u0.to(tl.float32)
@@ -324,12 +331,12 @@ def cortex_backward_one_lane_kernel(
         da = next_a - ADAPTATION_STRENGTH * du
         dx = (gain * dv).to(operand)
         received = product(w00, w10, w01, w11, dx, C)
-        slope = spike_derivative(u0.to(tl.float32), CEILING)  # for the next step, while this one's product is awaited
+        slope = spike_derivative(u0.to(tl.float32), KIND)  # for the next step, while this one's product is awaited
         next_v = alpha * dv
         next_a = ADAPTATION_DECAY * da
         next_s = (1.0 - ADAPTATION_DECAY) * da - reset * dv + received
 
-        s = spike(u, CEILING)
+        s = spike(u, KIND)
         leaked += to_voltage * (u + THRESHOLD - THRESHOLD * s)
         leaked += (ADAPTATION_STRENGTH * (1.0 - ADAPTATION_DECAY)) * (to_adaptation * s)
         to_adaptation = to_voltage + ADAPTATION_DECAY * to_adaptation

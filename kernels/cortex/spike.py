@@ -1,4 +1,8 @@
-"""Spike functions and the derivative that training uses in place of theirs."""
+"""Spike functions and the derivative that training uses in place of theirs.
+
+The third, `smooth`, is no spike: a unit with a derivative of its own and nothing in the place of it, for spikes to be
+held against.
+"""
 
 import math
 from typing import Any
@@ -6,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SPIKES = ("graded", "binary")
 GRADED_CEILING = 4.0
+SMOOTH_CEILING = 0.99  # tanh never reaches 1; here a fiftieth of its slope is left
+SMOOTH_LIMIT = math.atanh(SMOOTH_CEILING)  # the u that reaches it
+# What a spike's size must reach for a neuron to count as saturated.
+CEILINGS = {"graded": GRADED_CEILING, "binary": 1.0, "smooth": SMOOTH_CEILING}
+SPIKES = tuple(CEILINGS)
 
 
 class _GradedSpike(torch.autograd.Function):
@@ -45,8 +53,15 @@ def binary_derivative(u: Tensor) -> Tensor:
     return 1.0 / (1.0 + (math.pi * u).square())
 
 
+def smooth_derivative(u: Tensor) -> Tensor:
+    """1 - tanh(u)^2, tanh's own."""
+    return 1.0 - torch.tanh(u).square()
+
+
 def derivative(u: Tensor, kind: str) -> Tensor:
     """What backward multiplies by, for spikes of `kind` at u."""
+    if kind == "smooth":
+        return smooth_derivative(u)
     return graded_derivative(u) if kind == "graded" else binary_derivative(u)
 
 
@@ -55,11 +70,13 @@ def spike(u: Tensor, kind: str) -> Tensor:
 
     Arguments:
         u: any shape.
-        kind: `graded` gives min(relu(u), 4), `binary` gives 1 where u > 0.
+        kind: `graded` gives min(relu(u), 4), `binary` gives 1 where u > 0, `smooth` gives tanh(u).
 
     Returns:
-        Spikes shaped like u. Backward uses `graded_derivative` or `binary_derivative`.
+        Spikes shaped like u. Backward uses `derivative`.
     """
     if kind not in SPIKES:
         raise ValueError(f"spike is {kind!r}; choose one of {', '.join(SPIKES)}")
+    if kind == "smooth":
+        return torch.tanh(u)
     return _GradedSpike.apply(u) if kind == "graded" else _BinarySpike.apply(u)

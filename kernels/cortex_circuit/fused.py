@@ -13,7 +13,7 @@ import kernels.launch  # noqa: F401  before triton: it chooses the interpreter
 from kernels.cortex import launches as scan
 from kernels.cortex.fused import COLUMN_WIDTHS
 from kernels.cortex.reference import CortexState
-from kernels.cortex.spike import GRADED_CEILING, SPIKES
+from kernels.cortex.spike import SPIKES
 from kernels.cortex_circuit.reference import CortexCircuitOutput
 from kernels.gated_norm import fused as gated_norm
 from kernels.launch import check_launchable
@@ -21,7 +21,8 @@ from kernels.linear import RoundedWeights, idle_gpu, product_gradients
 
 
 class _Options(NamedTuple):
-    spiking: tuple[float, float, float, float]  # ceiling, threshold, adaptation strength and decay
+    spike_kind: str
+    constants: tuple[float, float, float]  # threshold, adaptation strength and decay
     eps: float
     recorded: bool  # whether there will be a backward pass
 
@@ -53,7 +54,7 @@ class _CortexCircuit(torch.autograd.Function):
         lateral, decay = lateral.contiguous(), decay.contiguous()
         state = CortexState(voltage.contiguous(), adaptation.contiguous(), last_spikes.contiguous())
         spikes, voltage, adaptation, last_spikes, counts, excess = scan.launch_forward(
-            drive, lateral, decay, *state, document_start, *options.spiking, options.recorded
+            drive, lateral, decay, *state, document_start, options.spike_kind, *options.constants, options.recorded
         )
         activity = gated_norm.launch_forward(spikes, gate, go, lateral.shape[-1], options.eps)
         written = (activity.view(rows.shape) @ rounded_out.t()).view(h.shape)
@@ -103,7 +104,8 @@ class _CortexCircuit(torch.autograd.Function):
                 spikes,
                 excess,
                 grad_projected.view(num_lanes, num_tokens, -1)[..., :width],
-                *options.spiking,
+                options.spike_kind,
+                *options.constants,
             )
         (grad_in_projection,) = product_gradients([in_projection], grad_projected.t(), rows)
         return (
@@ -150,8 +152,7 @@ def cortex_circuit_fused(
     weights = (in_projection, drive_bias, lateral, decay, out_projection)
     differentiable = (h, *weights, *state, go)
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
-    ceiling = GRADED_CEILING if spike_kind == "graded" else 0.0
-    options = _Options((ceiling, threshold, adaptation_strength, adaptation_decay), eps, recorded)
+    options = _Options(spike_kind, (threshold, adaptation_strength, adaptation_decay), eps, recorded)
     copies = (store.get([weight], h.dtype) for store, weight in zip(rounded, (in_projection, out_projection)))
     written, *final, counts = _CortexCircuit.apply(h, *weights, *state, go, document_start, *copies, options)
     num_fired, num_saturated = counts.unbind()

@@ -19,7 +19,8 @@ class BrainShape:
     Arguments:
         width: D. column_width: C. head_width: N. mlp_width: M. vocab_size: V. num_taps: J.
         num_wernicke, num_memory, num_broca: layers, in this order.
-        spike_kind: `graded` or `binary`. rule: `hebbian` or `delta`. go_gate: whether broca's layers are gated.
+        spike_kind: `graded` or `binary`; `smooth` in the definition alone. rule: `hebbian` or `delta`.
+        go_gate: whether broca's layers are gated.
         threshold, adaptation_strength, adaptation_decay, eps: theta, beta, rho and the norms' epsilon.
     """
 

@@ -3,10 +3,13 @@
 from kernels.generate.layout import BrainShape
 
 MAX_LANES = 64
+SPIKES = ("graded", "binary")  # a smooth unit is a yardstick for training; it is generated from token by token
 
 
 def check_shape(shape: BrainShape, num_lanes: int) -> None:
     """Raise ValueError unless the launch can hold such a brain and so many lanes."""
+    if shape.spike_kind not in SPIKES:
+        raise ValueError(f"generate: spike is {shape.spike_kind!r}; the launch knows {' and '.join(SPIKES)} ones")
     for name, width in (("column_width", shape.column_width), ("head_width", shape.head_width)):
         if width < 16 or width > 256 or width & (width - 1):
             raise ValueError(f"generate: {name} is {width}; the launch needs a power of two from 16 to 256")

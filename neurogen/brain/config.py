@@ -19,7 +19,8 @@ class BrainConfig:
         column_width: C, neurons in a hyper-column.
         head_width: N, width of a memory head.
         wernicke_depth, hippocampus_depth, pfc_depth, broca_depth: layers of each region, >= 0.
-        spike: `graded` or `binary`.
+        spike: `graded`, `binary`, or `smooth` for a unit tanh(u) to hold the two against. It asks for homeostasis 0,
+            and for threshold, adaptation_strength and initial_voltage 0 where nothing of a spike shall be left.
         memory_rule: `hebbian` or `delta`.
         token_shift: taps a channel that mix a memory layer's input with its last tokens, 2 to 4; 0 for none.
         lateral: whether the neurons of a column see each other.
@@ -83,6 +84,11 @@ class BrainConfig:
             raise UserError(f"model.adaptation_decay is {self.adaptation_decay}; it must be in [0, 1)")
         if self.homeostasis < 0:
             raise UserError(f"model.homeostasis is {self.homeostasis}; it must be 0 or more")
+        if self.homeostasis and self.spike == "smooth":
+            raise UserError(
+                f"model.homeostasis is {self.homeostasis}; a smooth unit fires at no rate to be kept: set it to 0, or "
+                "model.spike to graded or binary"
+            )
         if not 0 < self.firing_rate < 1:
             raise UserError(f"model.firing_rate is {self.firing_rate}; it must be between 0 and 1")
         for name in ("mlp_ratio", "norm_eps"):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.cortex import GRADED_CEILING, CortexState
+from kernels.cortex import CEILINGS, CortexState
 from kernels.linear import full_precision_linear
 from neurogen.brain.health import SATURATED_SHARE
 from neurogen.brain.regions import MemoryLayer
@@ -90,14 +90,14 @@ def measure_activity(model: NeuroGen, input_ids: Tensor) -> Activity:
             if out.go is not None:
                 gates.append(out.go[0, 0])
     fired = {name: torch.stack(rows).float().cpu() for name, rows in spikes.items()}
-    ceiling = GRADED_CEILING if model.config.spike == "graded" else 1.0
-    full = {name: (x >= ceiling).float().mean(0) for name, x in fired.items()}
+    ceiling = CEILINGS[model.config.spike]
+    full = {name: (x.abs() >= ceiling).float().mean(0) for name, x in fired.items()}
     workspace = {name: torch.cat(rows, dim=1) for name, rows in hidden.items()}
     logits = model.decoder(workspace[list(workspace)[-1]])
     return Activity(
         spikes=fired,
         firing_rate={name: float((x > 0).float().mean()) for name, x in fired.items()},
-        silent={name: float((x.amax(0) == 0).float().mean()) for name, x in fired.items()},
+        silent={name: float((x.amax(0) <= 0).float().mean()) for name, x in fired.items()},
         saturated={name: float((share >= SATURATED_SHARE).float().mean()) for name, share in full.items()},
         go_rate=torch.stack(gates).float().mean(0).cpu() if gates else torch.empty(0),
         half_lives={name: _half_lives(torch.cat(rows)) for name, rows in forgotten.items()},

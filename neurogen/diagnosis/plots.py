@@ -61,7 +61,9 @@ def plot_activity(activity: Activity, path: Path) -> None:
 
 def draw_raster(figure: Figure, axes: Axes, name: str, spikes: Tensor, firing_rate: float) -> None:
     """Spikes `[T, D]` of a layer's first neurons: token across, neuron up, brightness the spike."""
-    image = axes.imshow(spikes[:, :MAX_NEURONS].T.numpy(), aspect="auto", interpolation="nearest", cmap="magma", vmin=0)
+    shown = spikes[:, :MAX_NEURONS].T.numpy()
+    lowest = min(0.0, float(shown.min()))  # a smooth unit's are negative half of the time
+    image = axes.imshow(shown, aspect="auto", interpolation="nearest", cmap="magma", vmin=lowest)
     figure.colorbar(image, ax=axes, label="spike")
     axes.set(xlabel="token", ylabel="neuron", title=f"{name}: {100 * firing_rate:.1f} % fire")
 

@@ -122,7 +122,7 @@ ERRORS = {
     "data=text": r"data\.path: missing",
     "model.embedding_dim=1.5": r"model\.embedding_dim: .*1\.5",
     "model.embedding_dim=100": r"model\.embedding_dim is 100.*model\.column_width = 64",
-    "model.spike=foo": r"model\.spike is 'foo'.*graded, binary",
+    "model.spike=foo": r"model\.spike is 'foo'.*graded, binary, smooth",
     "mode=warp": "mode=warp: no such choice; choose one of auto, fused, naive, pointer, preallocated, unfused",
     "mode.name=warp": r"mode\.name=warp: unknown",
     "learning=foo": "learning=foo: no such choice; choose one of bptt, local",

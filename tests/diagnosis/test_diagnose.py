@@ -199,9 +199,11 @@ def test_a_device_that_is_not_there_is_refused() -> None:
             Options(device="cuda").torch_device()
 
 
-def test_activity_of_known_neurons(make_model: Callable[..., NeuroGen]) -> None:
-    """Neurons pushed far up are saturated, pushed far down silent; half-lives and gates are those of the weights."""
-    model = make_model()
+@pytest.mark.parametrize("spike", ["graded", "smooth"])
+def test_activity_of_known_neurons(spike: str, make_model: Callable[..., NeuroGen]) -> None:
+    """Neurons pushed far up are saturated, pushed far down silent (a smooth unit is both, at -1); half-lives and gates
+    are those of the weights."""
+    model = make_model(spike=spike, homeostasis=0.0)
     with torch.no_grad():
         for layer, drive in ((model.brain.wernicke[0], 1e4), (model.brain.broca[0], -1e4)):
             layer.in_proj.weight.zero_()
@@ -213,7 +215,7 @@ def test_activity_of_known_neurons(make_model: Callable[..., NeuroGen]) -> None:
         model.brain.basal_ganglia.go.bias.fill_(0.0)
         model.decoder.weight.zero_()
     activity = measure_activity(model, torch.arange(9))
-    assert activity.saturated == {"wernicke.0": 1.0, "broca.0": 0.0}
+    assert activity.saturated == {"wernicke.0": 1.0, "broca.0": 1.0 if spike == "smooth" else 0.0}
     assert activity.silent == {"wernicke.0": 0.0, "broca.0": 1.0}
     assert activity.firing_rate == {"wernicke.0": 1.0, "broca.0": 0.0}
     torch.testing.assert_close(activity.half_lives["hippocampus.0"], torch.full((4,), 40.0).double(), rtol=1e-4, atol=0)

@@ -170,6 +170,7 @@ def test_generating_leaves_the_given_state_alone() -> None:
         ({"head_width": 8}, 1, "head_width is 8"),
         ({"mlp_width": 100}, 1, "multiples of 16"),
         ({}, 65, "65 lanes"),
+        ({"spike_kind": "smooth"}, 1, "spike is 'smooth'; the launch knows graded and binary ones"),
     ],
 )
 def test_what_the_launch_cannot_hold_is_named(changes: dict, lanes: int, words: str) -> None:

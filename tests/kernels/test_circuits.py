@@ -151,7 +151,9 @@ def check_full_precision(rows, width, num_out, *, dtype=torch.float32, device="c
     compare(run, inputs, dtype=dtype, device=device)
 
 
-@pytest.mark.parametrize(("lanes", "tokens", "gated", "spike"), [(1, 1, True, "binary"), (9, 5, False, "graded")])
+@pytest.mark.parametrize(
+    ("lanes", "tokens", "gated", "spike"), [(1, 1, True, "binary"), (9, 5, False, "graded"), (2, 3, True, "smooth")]
+)
 def test_cortex_circuit(lanes, tokens, gated, spike, monkeypatch):
     poison_new_memory(monkeypatch)
     check_cortex(lanes, tokens, 2, 16, gated=gated, spike=spike)

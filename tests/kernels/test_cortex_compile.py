@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from kernels.cortex import SPIKES
+
 pytest.importorskip("triton")
 
 COMPILE = r"""
@@ -46,15 +48,17 @@ def run(kernel, storage, constants, capability, num_warps, max_registers=None):
 
 
 results = []
-for is_half, width, ceiling, capability in json.load(sys.stdin):
+for is_half, width, kind, capability in json.load(sys.stdin):
     storage = "*bf16" if is_half else "*fp32"
     config = launches.SCAN_CONFIGS[is_half, width]
-    constants = SCAN | {"C": width, "CEILING": ceiling, "RELOAD": launches.reloads_weights(is_half, width)}
+    constants = SCAN | {"C": width, "KIND": kind, "RELOAD": launches.reloads_weights(is_half, width)}
     for kernel in (scan.cortex_forward_kernel, scan.cortex_backward_kernel):
         results.append(run(kernel, storage, constants, capability, *config))
     if is_half and width in launches.ONE_LANE_WIDTHS:
         for kernel in (scan_one_lane.cortex_forward_one_lane_kernel, scan_one_lane.cortex_backward_one_lane_kernel):
             results.append(run(kernel, storage, constants, capability, width // 32))
+    if kind != "graded":
+        continue  # the kernels below know nothing of spikes
     rows, num_warps = launches.SLICE_CONFIGS[is_half, width]
     constants = {"C": width, "ROWS": rows, "HAS_START": True}
     results.append(run(parameter_gradient.slice_kernel, storage, constants, capability, num_warps))
@@ -76,7 +80,8 @@ def compile_all(cases):
     )
     assert run.returncode == 0, run.stderr[-4000:]
     results = json.loads(run.stdout)
-    assert len(results) == sum(6 if is_half and width >= 64 else 4 for is_half, width, _, _ in cases)
+    num_scans = sum(4 if is_half and width >= 64 else 2 for is_half, width, _, _ in cases)
+    assert len(results) == num_scans + 2 * sum(kind == "graded" for *_, kind, _ in cases)
     for result in results:
         # 128 registers let two programs share a multiprocessor; at 128 neurons backward wants three more, which it puts
         # aside in 7 of some 900 instructions a token. Timed on a GPU, that costs nothing.
@@ -88,7 +93,7 @@ def compile_all(cases):
 
 
 def test_the_base_and_small_models_shapes():
-    results = compile_all([(True, 128, 4.0, 90), (True, 64, 4.0, 90)])
+    results = compile_all([(True, 128, "graded", 90), (True, 64, "graded", 90), (True, 128, "smooth", 90)])
     for result in results:
         if "finish" not in result["name"]:
             assert (result["matrix"] > 0) == (result["storage"] == "*bf16"), result
@@ -103,6 +108,6 @@ def test_the_base_and_small_models_shapes():
 @pytest.mark.parametrize("is_half", [True, False])
 def test_every_shape(is_half):
     compile_all(
-        [(is_half, width, ceiling, capability)
-         for width in (16, 32, 64, 128) for ceiling in (4.0, 0.0) for capability in (89, 90)]
+        [(is_half, width, kind, capability)
+         for width in (16, 32, 64, 128) for kind in SPIKES for capability in (89, 90)]
     )  # fmt: skip

@@ -53,6 +53,8 @@ def check(arguments, cotangents, **options):
         ((1, 6, 2, 64), 0.3, "binary"),
         ((3, 2, 1, 64), 0.3, "graded"),  # wide columns with more programs than multiprocessors: eight lanes a program
         ((3, 2, 1, 128), 0.3, "binary"),
+        ((9, 5, 1, 16), 0.3, "smooth"),
+        ((1, 4, 2, 64), 0.3, "smooth"),
     ],
 )
 def test_against_the_reference(shape, start_rate, kind):
@@ -63,22 +65,45 @@ def test_against_the_reference(shape, start_rate, kind):
     assert out.num_fired.dtype == torch.int32
 
 
-@pytest.mark.parametrize(("lanes", "width"), [(3, 16), (2, 64)])
-def test_other_constants_saturation_and_a_reset_at_the_first_token(lanes, width):
+@pytest.mark.parametrize(
+    ("lanes", "width", "kind"), [(3, 16, "graded"), (2, 64, "graded"), (3, 16, "smooth"), (2, 64, "smooth")]
+)
+def test_other_constants_saturation_and_a_reset_at_the_first_token(lanes, width, kind):
     arguments, cotangents = random_arguments(lanes, 6, 1, width, seed=6)
     start = torch.zeros(lanes, 6, dtype=torch.bool)
     start[0, 0] = start[1, 3] = start[-1, 5] = True
     arguments = arguments._replace(drive=4.0 * arguments.drive, document_start=start)
     options = {"threshold": 0.3, "adaptation_strength": 0.7, "adaptation_decay": 0.0}
-    (out, _), (expected, _) = check(arguments, cotangents, **options)
+    (out, _), (expected, _) = check(arguments, cotangents, spike_kind=kind, **options)
+    assert torch.equal(out.num_fired, expected.num_fired)
     assert torch.equal(out.num_saturated, expected.num_saturated)
     assert out.num_saturated.sum() > 0
 
 
-@pytest.mark.parametrize("shape", [(3, 12, 2, 16), (1, 12, 1, 64)])
-def test_half_precision_storage(shape):
+def test_a_smooth_unit_of_any_size(monkeypatch):
+    """Voltages from far below where 1 - exp(-2 u) has no digits left to where tanh is 1, each held to its own size."""
+    size = torch.logspace(-12, 2, 64)
+    drive = torch.cat([size, -size]).expand(1, 1, 128) / 0.5**0.5  # the decay is 1/2
+    state = CortexState(*(torch.zeros(1, 128) for _ in range(3)))
+    arguments = Arguments(drive, torch.zeros(8, 16, 16), torch.full((128,), 0.5), state, None)
+    options = {"spike_kind": "smooth", "threshold": 0.0, "adaptation_strength": 0.0}
+    results = []
+    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "fused")):
+        x = leaves(arguments, dtype)
+        out = cortex(*x, backend=backend, **options)
+        (grad,) = torch.autograd.grad(out.spikes.sum(), x.drive)
+        results.append((out.spikes.double(), grad.double()))
+    (expected, slope), (actual, grad) = results
+    torch.testing.assert_close(actual, expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(grad, slope, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"), [((3, 12, 2, 16), "graded"), ((1, 12, 1, 64), "graded"), ((3, 9, 1, 16), "smooth")]
+)
+def test_half_precision_storage(shape, kind):
     arguments, cotangents = random_arguments(*shape, dtype=torch.float16, seed=7)
-    (out, grads), _ = check(arguments, cotangents)
+    (out, grads), _ = check(arguments, cotangents, spike_kind=kind)
     assert out.spikes.dtype == grads["drive"].dtype == torch.float16
     assert out.state.voltage.dtype == grads["decay"].dtype == torch.float32
 
@@ -162,7 +187,7 @@ def test_custom_operators():
 
 def check_operators(arguments: Arguments):
     drive, lateral_weight, decay, state, start = leaves(arguments)
-    constants = (4.0, 0.5, 0.5, 0.95)
+    constants = ("graded", 0.5, 0.5, 0.95)
     inputs = (drive.detach().contiguous().requires_grad_(), lateral_weight, decay, *state, start, *constants, True)
     torch.library.opcheck(fused.cortex_forward, inputs)
     spikes, *final, _, excess = (x.detach() for x in fused.cortex_forward(*inputs))
@@ -187,8 +212,8 @@ def test_what_the_kernels_would_misread_is_refused(change, message):
     arguments, _ = random_arguments(2, 3, 1, 16)
     with pytest.raises(ValueError, match=message):
         cortex(*arguments._replace(**change), backend="fused")
-    with pytest.raises(ValueError, match="one of graded, binary"):
-        cortex(*arguments, spike_kind="smooth", backend="fused")
+    with pytest.raises(ValueError, match="one of graded, binary, smooth"):
+        cortex(*arguments, spike_kind="loud", backend="fused")
 
 
 class _ForcedSpike(torch.autograd.Function):
@@ -269,6 +294,7 @@ def test_grid(shape, dtype):
     *sizes, start_rate = shape
     arguments, cotangents = random_arguments(*sizes, start_rate=start_rate, dtype=dtype, device="cuda", seed=12)
     check(arguments, cotangents)
+    check(arguments, cotangents, spike_kind="smooth")
     check_forced(arguments, cotangents)
 
 

@@ -6,17 +6,21 @@ import pytest
 import torch
 from cortex_cases import Arguments, gradients, leaves, loss_of, random_arguments, relative_error, run
 
-from kernels.cortex import GRADED_CEILING, CortexState, cortex
+from kernels.cortex import CEILINGS, GRADED_CEILING, SPIKES, CortexState, cortex
 
 THRESHOLD, STRENGTH, RHO = 0.4, 0.6, 0.9
 OPTIONS = {"threshold": THRESHOLD, "adaptation_strength": STRENGTH, "adaptation_decay": RHO}
 
 
 def float_spike(u: float, kind: str) -> float:
+    if kind == "smooth":
+        return math.tanh(u)
     return (1.0 if u > 0 else 0.0) if kind == "binary" else min(max(u, 0.0), 4.0)
 
 
 def float_derivative(u: float, kind: str) -> float:
+    if kind == "smooth":
+        return 1.0 / math.cosh(u) ** 2
     if kind == "binary":
         return 1.0 / (1.0 + (math.pi * u) ** 2)
     return 1.0 if 0 < u < 4 else 0.2 / (1.0 + 9.0 * u * u)
@@ -87,7 +91,7 @@ def by_hand(arguments, cotangents, kind):
     return torch.tensor(spikes, dtype=torch.float64).view(B, T, D), torch.tensor(final, dtype=torch.float64), grads
 
 
-@pytest.mark.parametrize("kind", ["graded", "binary"])
+@pytest.mark.parametrize("kind", SPIKES)
 @pytest.mark.parametrize("start_rate", [0.0, 0.4])
 def test_forward_and_backward_by_hand(kind, start_rate):
     arguments, cotangents = random_arguments(2, 9, 2, 3, start_rate=start_rate, seed=1)
@@ -102,9 +106,8 @@ def test_forward_and_backward_by_hand(kind, start_rate):
     torch.testing.assert_close(torch.stack(out.state), final, rtol=1e-10, atol=1e-12)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-9, atol=1e-11, msg=name)
-    ceiling = GRADED_CEILING if kind == "graded" else 1.0
     assert out.num_fired.tolist() == (spikes > 0).sum((0, 1)).tolist()
-    assert out.num_saturated.tolist() == (spikes >= ceiling).sum((0, 1)).tolist()
+    assert out.num_saturated.tolist() == (spikes.abs() >= CEILINGS[kind]).sum((0, 1)).tolist()
     assert 0 < int(out.num_fired.sum()) < spikes.numel()
 
 
@@ -129,7 +132,21 @@ def test_gradients_are_the_derivatives_where_the_spike_is_linear():
     assert torch.autograd.gradcheck(call, tensors)
 
 
-@pytest.mark.parametrize("kind", ["graded", "binary"])
+def test_a_smooth_units_gradients_are_the_derivatives_everywhere():
+    arguments, _ = random_arguments(2, 4, 1, 3, start_rate=0.3, seed=2)
+    tensors = [x.double().requires_grad_() for x in (*arguments[:3], *arguments.state)]
+
+    def call(drive, weight, decay, *state):
+        out = cortex(
+            drive, weight, decay, CortexState(*state), arguments.document_start, spike_kind="smooth", **OPTIONS
+        )
+        return out.spikes, *out.state
+
+    assert call(*tensors)[0].min() < 0
+    assert torch.autograd.gradcheck(call, tensors)
+
+
+@pytest.mark.parametrize("kind", SPIKES)
 def test_a_split_changes_nothing(kind):
     arguments, cotangents = random_arguments(3, 11, 2, 4, start_rate=0.2, seed=3)
     whole = leaves(arguments, torch.float64)

@@ -54,6 +54,7 @@ def worn_state(model: NeuroGen, lanes: int = 3) -> BrainState:
     [
         {"spike": "graded", "lateral": False},
         {"spike": "binary", "lateral": False},
+        {"spike": "smooth", "lateral": False, "homeostasis": 0.0},
         {"spike": "graded", "diagonal": True},  # a neuron's synapse on itself is the eligibility's own
         {"spike": "binary", "diagonal": True, "adaptation_decay": 0.6, "threshold": 0.2},
     ],

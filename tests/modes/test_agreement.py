@@ -28,6 +28,7 @@ class Case(NamedTuple):
 CASES = {
     "graded-hebbian": Case({}),
     "binary-delta": Case({"spike": "binary", "memory_rule": "delta"}),
+    "smooth": Case({"spike": "smooth", "homeostasis": 0.0}),
     "graded-delta-tied": Case({"memory_rule": "delta", "tie_embedding": True}),
     "no-lateral-no-gate": Case({"lateral": False, "go_gate": False}),
     "one-token": Case({"memory_rule": "delta"}, num_tokens=1),

@@ -16,6 +16,7 @@ CONFIGS = [
     {"memory_rule": "delta", "spike": "binary", "tie_embedding": True},
     {"lateral": False, "go_gate": False, "memory_rule": "delta"},
     {"token_shift": 3},
+    {"spike": "smooth", "homeostasis": 0.0},
 ]
 
 

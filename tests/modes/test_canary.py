@@ -25,6 +25,12 @@ def test_passes_the_kernels_as_they_are(rule, spike, tmp_path):
     assert check_kernels(config, "cpu", torch.float32, cache_dir=tmp_path)
 
 
+def test_passes_a_smooth_units_kernel():
+    config = BrainConfig(32, 16, 16, spike="smooth", homeostasis=0.0)
+    (probe,) = [probe for probe in probes.make_probes(config) if probe.op == "cortex"]
+    assert max(compare(probe, torch.device("cpu"), torch.float32).values()) < 1e-5
+
+
 def test_probes_keep_neurons_away_from_the_threshold():
     # Otherwise a correct bfloat16 kernel could flip a binary spike and fail.
     config = BrainConfig(64, 32, 32, spike="binary")

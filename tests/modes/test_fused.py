@@ -31,6 +31,9 @@ def everything(model: NeuroGen, mode: str, state: BrainState, ids: Tensor, start
     return {name: x.detach().double() for name, x in results.items()}
 
 
+SMOOTH = {"spike": "smooth", "threshold": 0.0, "adaptation_strength": 0.0, "homeostasis": 0.0}
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="tests/modes/test_agreement.py compares on a GPU, in bfloat16")
 @pytest.mark.parametrize(
     ("settings", "shape"),
@@ -39,6 +42,7 @@ def everything(model: NeuroGen, mode: str, state: BrainState, ids: Tensor, start
         ({"memory_rule": "delta", "tie_embedding": True}, (3, 7)),
         ({"memory_rule": "delta", "spike": "binary"}, (2, 1)),
         ({"memory_rule": "hebbian", "wernicke_depth": 2, "lateral": False}, (1, 18)),  # over the edge of a chunk
+        ({**SMOOTH, "hippocampus_depth": 0, "pfc_depth": 0}, (3, 7)),
     ],
 )
 def test_fused_agrees_with_unfused(settings, shape, make_model: Callable[..., NeuroGen]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.cortex import GRADED_CEILING, CortexState
+from kernels.cortex import CEILINGS, GRADED_CEILING, CortexState
 from kernels.cortex.reference import recurrent_weight
 from kernels.cortex.spike import derivative
 from neurogen.brain.regions import Activity, CortexLayer
@@ -33,7 +33,7 @@ class CortexStep:
         lanes, width = room.lanes, config.embedding_dim
         self.means = room.mean(config.column_width, config.norm_eps)
         self.threshold, self.keep_adapted = room.constant(config.threshold), room.constant(config.adaptation_decay)
-        self.inverse_ceiling = room.constant(1.0 / GRADED_CEILING if config.spike == "graded" else 1.0)
+        self.inverse_ceiling = room.constant(1.0 / CEILINGS[config.spike])
         columns = (config.num_columns, lanes, config.column_width)
         alpha = torch.sigmoid(layer.decay_logit).to(room.dtype)
         self.alpha = alpha.view(config.num_columns, 1, config.column_width)
@@ -137,13 +137,19 @@ class CortexStep:
         excess.sub_(self.threshold)
         if config.spike == "graded":
             torch.clamp(excess, 0.0, GRADED_CEILING, out=self.spikes[after])
+        elif config.spike == "smooth":
+            torch.tanh(excess, out=self.spikes[after])
         else:  # sign, then the negative ones to 0: a comparison would make a tensor of bools
             torch.sign(excess, out=self.spikes[after]).clamp_(min=0.0)
 
     def _count(self, spikes: Tensor) -> None:
         scratch = self.column_scratch
-        self.num_fired.add_(torch.sign(spikes, out=scratch))
-        torch.mul(spikes, self.inverse_ceiling, out=scratch)  # at most 1, and 1 exactly at the ceiling
+        torch.sign(spikes, out=scratch)
+        self.num_fired.add_(scratch.clamp_(min=0.0) if self.config.spike == "smooth" else scratch)
+        # At most 1, and 1 exactly at the ceiling; a smooth unit's is in [0, 1.02).
+        torch.mul(spikes, self.inverse_ceiling, out=scratch)
+        if self.config.spike == "smooth":
+            scratch.abs_()
         self.num_saturated.add_(scratch.floor_())
 
     def prepare_backward(self, grad_state: CortexState) -> None:
