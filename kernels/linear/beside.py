@@ -189,9 +189,9 @@ def stored_dtype(weight: Tensor, operand: Tensor) -> torch.dtype:
 
 
 def handed_over(weight: Tensor, gradient: Tensor) -> Tensor | None:
-    """The gradient, for autograd; None if it is kept for the end of the context instead."""
-    if _open is None or gradient.dtype == weight.dtype:
-        return gradient
+    """The gradient in the weight's type, for autograd; None if it is kept for the end of the context instead."""
+    if _open is None or gradient.dtype == weight.dtype or not _open.takes_made(weight):
+        return gradient.to(weight.dtype)
     _open.give(weight, gradient)
     return None
 
@@ -233,7 +233,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     if _open is not None and _open.takes(weights, operands):
         # Memory of the main stream, which has done with it when the other stream begins.
-        is_half = len(operands) > 1 and operands[0].dtype == _open.half
+        is_half = len(operands) > 1 and operands[0].dtype == _open.half  # one operand is a bias's sum, a few numbers
         dtype = operands[0].dtype if is_half else weights[0].dtype
         gradient = torch.empty(shape, dtype=dtype, device=operands[0].device)
         _open.put(weights, gradient, later)

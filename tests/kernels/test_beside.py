@@ -188,6 +188,17 @@ class TestHalfGradients:
         assert weight.grad.dtype == torch.float32
         assert bool((weight.grad == 2.0**-20).all())
 
+    def test_one_gradient_that_is_made_is_kept_and_a_second_is_autograds(self):
+        weight, gradient = torch.zeros(3, 4, requires_grad=True), torch.randn(3, 4).half()
+        with self.open([weight]):
+            assert beside.handed_over(weight, gradient) is None
+            second = beside.handed_over(weight, gradient)
+            weight.backward(second)
+        assert second.dtype == weight.grad.dtype == torch.float32
+        assert torch.equal(weight.grad, 2.0 * gradient.float())
+        late = beside.handed_over(weight, gradient)
+        assert late.dtype == torch.float32
+
     def test_only_few_rows_are_stored_so(self, monkeypatch):
         monkeypatch.setattr(beside, "_MIN_KEPT_BYTES", 0)
         weight = torch.zeros(5, 4, requires_grad=True)
