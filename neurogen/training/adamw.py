@@ -1,4 +1,4 @@
-"""AdamW as one launch over all parameters of a group, for training on one GPU."""
+"""AdamW as one launch over all parameters of a group, for parameters that lie whole on one GPU."""
 
 from __future__ import annotations
 
@@ -106,7 +106,6 @@ class FusedAdamW(torch.optim.Optimizer):
 
 
 def _aligned(grad: Tensor | None) -> Tensor:
-    """The gradient, beginning on 16 bytes: DDP lays gradients one after another, so that one behind a tensor of two
-    numbers does not."""
+    """The gradient, beginning on 16 bytes, which one that is a part of a larger buffer may not do."""
     assert grad is not None
     return grad if grad.data_ptr() % 16 == 0 else grad.clone()

@@ -1,13 +1,15 @@
 """Several processes that train one model: who they are, what they share, and how a model is spread over them.
 
-torchrun starts the processes. Each reads its own share of the lanes; gradients are averaged (DDP), or averaged and
-kept in shards together with parameters and optimiser state (FSDP2). Everything written is written by rank 0, and a
+torchrun starts the processes. Each reads its own share of the lanes; gradients are summed after the backward pass (ddp,
+`neurogen/training/exchange.py`), or averaged during it and kept in shards together with parameters and optimiser state
+(FSDP2). Everything written is written by rank 0, and a
 checkpoint holds whole tensors and the state of all lanes, so that it loads at any number of processes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -45,6 +47,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def shards(self) -> bool:
+        """Whether parameters are sharded, and gradients exchanged while they are made."""
+        return self.strategy == FSDP
+
     def share(self, total: int, what: str) -> int:
         """total / size. Raises UserError, naming `what`, if it does not divide."""
         if total % self.size:
@@ -60,6 +67,10 @@ class World:
     def highest(self, number: int) -> int:
         """The largest over all ranks."""
         return number if self.size == 1 else int(self._agree(number, dist.ReduceOp.MAX))
+
+    def all_agree(self, opinion: bool) -> bool:
+        """Whether it is true on every rank."""
+        return not self.highest(int(not opinion))
 
     def from_main(self, number: float) -> float:
         """Rank 0's number."""
@@ -118,6 +129,9 @@ class World:
     def spread(self, model: nn.Module, units: Iterable[nn.Module] = ()) -> nn.Module:
         """Prepare a placed model for training; the result is what the training step calls.
 
+        With ddp that is the model itself, given rank 0's parameters and buffers. From then on the ranks take the same
+        steps, since each applies the same sum of all gradients.
+
         FSDP shards the parameters in place, so the optimiser has to be built afterwards. Parameters are gathered on the
         way forward and kept until gradients have gone back through them: a forward pass ends with terms that read
         biases of its first layers.
@@ -128,15 +142,8 @@ class World:
                 unit too.
         """
         if self.strategy == DDP:
-            from torch.nn.parallel import DistributedDataParallel
-
-            on_gpu = next(model.parameters()).is_cuda
-            return DistributedDataParallel(
-                model,
-                device_ids=[self.local_rank] if on_gpu else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+            for tensor in itertools.chain(model.parameters(), model.buffers()):
+                dist.broadcast(tensor.detach(), 0)
         if self.strategy == FSDP:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
@@ -152,13 +159,10 @@ class World:
                 unit.set_modules_to_backward_prefetch([model])  # type: ignore[operator]
         return model
 
-    @contextlib.contextmanager
-    def accumulating(self, spread: nn.Module, *, last: bool) -> Iterator[None]:
-        """Around forward and backward of one part of a step: gradients are exchanged after the last part only."""
+    def begin_part(self, spread: nn.Module, *, last: bool) -> None:
+        """Before forward and backward of one part of a step: FSDP exchanges gradients in the last part only."""
         if self.strategy == FSDP:
             spread.set_requires_gradient_sync(last)  # type: ignore[operator]
-        with spread.no_sync() if self.strategy == DDP and not last else contextlib.nullcontext():  # type: ignore[operator]
-            yield
 
     @contextlib.contextmanager
     def gathered(self, model: nn.Module) -> Iterator[None]:
@@ -179,7 +183,8 @@ class World:
                 unit.reshard()
 
     def close(self) -> None:
-        """Leave the other processes."""
+        """Leave the other processes. Recorded steps that hold exchanges between GPUs have to be released before: NCCL
+        waits until they are."""
         if self.size > 1:
             dist.destroy_process_group()
 

@@ -24,15 +24,15 @@ STEPS_AHEAD = 2  # of the device, at most: a limit in seconds must not find minu
 
 
 def can_record(update: Update) -> bool:
-    """Whether this step keeps still enough to be recorded: one process on a GPU, fused kernels, BPTT.
+    """Whether this step keeps still enough to be recorded: on a GPU, fused kernels, BPTT, parameters not sharded.
 
     The reference's operations would run recorded as well, but a graph of some 100,000 of them takes longer to make than
-    most runs take.
+    most runs take. FSDP gathers and frees parameters as its own hooks decide.
     """
     model = update.model
     return (
         update.precision.device.type == "cuda"
-        and update.world.size == 1
+        and not update.world.shards
         and isinstance(update.learning, BPTT)
         and isinstance(model, NeuroGen)
         and isinstance(model.mode, FusedMode)
@@ -45,6 +45,10 @@ class RecordedUpdate:
     A step of another shape, or with targets that do not count (their number is part of the recording), is taken as it
     is, and so is one that begins with a state where the recorded one did not. What a step returns stays valid until the
     next one.
+
+    With several processes a recorded step holds their exchanges, which all of them have to launch in the same way: if
+    one takes a step as it is, so do the others. The hosts agree on that before each step; the plain ones, which come
+    first, have made what NCCL connects at its first use.
 
     Arguments:
         update: its learning rates lie on the device.
@@ -74,9 +78,8 @@ class RecordedUpdate:
     def __call__(self, batches: Sequence[Batch], states: Sequence[BrainState | None]) -> StepResult:
         """As `Update.__call__`."""
         known = [state for state in states if state is not None]
-        full = all(count_targets(batch) == batch.input_ids.numel() for batch in batches)
         self._num_steps += 1
-        if not full or 0 < len(known) < len(states) or self._num_steps <= NUM_PLAIN_STEPS:
+        if not self.update.world.all_agree(self._is_usual(batches, states)):
             return self._plain(batches, states)
         if self._graph is None:
             try:
@@ -86,9 +89,6 @@ class RecordedUpdate:
                 raise UserError(
                     f"trainer.cuda_graph: a step could not be recorded ({cause.splitlines()[0]}); set it to false"
                 ) from error
-        shapes = [batch.input_ids.shape for batch in batches]
-        if shapes != self._shapes or len(known) != len(self._states) or self._current_versions() != self._versions:
-            return self._plain(batches, states)
         for own, batch in zip(self._batches, batches):
             _copy_batch(own, batch)
         for held, state in zip(self._states, known):
@@ -101,6 +101,26 @@ class RecordedUpdate:
         self._versions = self._current_versions()
         self._read = [*self._before] if known else list(states)
         return self._result
+
+    def release(self) -> None:
+        """Let go of the recording, once the device is done with it; to be called before `World.close`. The next step
+        would be recorded anew."""
+        if self._graph is None:
+            return
+        torch.cuda.synchronize(self.update.precision.device)
+        self._graph.reset()
+        self._graph = self._result = None
+
+    def _is_usual(self, batches: Sequence[Batch], states: Sequence[BrainState | None]) -> bool:
+        """Whether this process could replay the step, or record it if there is no recording yet."""
+        num_known = sum(state is not None for state in states)
+        full = all(count_targets(batch) == batch.input_ids.numel() for batch in batches)
+        if not full or 0 < num_known < len(states) or self._num_steps <= NUM_PLAIN_STEPS:
+            return False
+        if self._graph is None:
+            return True
+        shapes = [batch.input_ids.shape for batch in batches]
+        return shapes == self._shapes and num_known == len(self._states) and self._current_versions() == self._versions
 
     def _current_versions(self) -> list[int]:
         return [param._version for param in self._parameters]
@@ -144,7 +164,7 @@ class RecordedUpdate:
         self._versions = self._current_versions()
 
     def _run_recording(self, graph: torch.cuda.CUDAGraph, batches: Sequence[Batch]) -> StepResult:
-        # Other threads, such as the one that reads ahead, go on using the device meanwhile.
+        # Other threads, such as those that read ahead and watch over NCCL, go on using the device meanwhile.
         recording = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
         for table in self._tables:
             table.prepare_recording()

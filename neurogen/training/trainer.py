@@ -80,6 +80,13 @@ class Trainer:
         `stop` is looked at between steps. However training ends, a checkpoint of its last step is being saved on
         return.
         """
+        try:
+            return self._fit(stop)
+        finally:
+            if self._recorded is not None:
+                self._recorded.release()
+
+    def _fit(self, stop: StopRequest) -> tuple[str, str]:
         ending = self._limit_reached()
         if ending is not None:  # a finished run, continued with the limits it had
             self.recorder.save(score=None)
@@ -100,11 +107,12 @@ class Trainer:
         """Whether steps are recorded as a CUDA graph. Raises UserError if they should be and cannot."""
         if self.config.cuda_graph is False:
             return False
-        possible = can_record(self.update)
+        # The mode is each process's own where `auto` chose it; one that does not record could not follow.
+        possible = self.world.all_agree(can_record(self.update))
         if self.config.cuda_graph and not possible:
             raise UserError(
-                "trainer.cuda_graph=true: a step can be recorded in one process on a GPU, with mode=fused and "
-                "learning=bptt; change those, or leave it null"
+                "trainer.cuda_graph=true: a step can be recorded on a GPU, with mode=fused and learning=bptt and without "
+                "trainer=fsdp; change those, or leave it null"
             )
         return possible
 

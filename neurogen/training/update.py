@@ -24,6 +24,7 @@ from neurogen.learning import BPTT, LearningRule
 from neurogen.probes import stage
 from neurogen.training.adamw import FusedAdamW
 from neurogen.training.distributed import SINGLE, World, whole
+from neurogen.training.exchange import sum_gradients
 from neurogen.training.guard import Guard
 from neurogen.training.optimizer import ModelOptimizer
 from neurogen.training.precision import Precision
@@ -96,9 +97,12 @@ class Update:
         self._spread = spread or model
         self.learning: LearningRule = learning or BPTT()
         self._params = [param for param in model.parameters() if param.requires_grad]
-        # Whose gradients are back-propagated, and read by nobody before that has ended: other ranks' are.
-        self._unshared = self._params if world.size == 1 and isinstance(self.learning, BPTT) else []
+        # Whose gradients are back-propagated, and read by nobody before that has ended: FSDP exchanges them meanwhile.
+        self._unread = self._params if isinstance(self.learning, BPTT) and not world.shards else []
         reads_half = HOLDS_HALF_GRADIENTS and all(isinstance(each, FusedAdamW) for each in optimizer.optimizers)
+        # Gradients are added up over processes, as over parts of a batch, which takes float32. Half precision would be
+        # half the traffic between them, but rounded once more for each process.
+        reads_half = reads_half and world.size == 1
         is_half = precision.activations.itemsize == 2
         self._half_gradients = precision.activations if is_half and reads_half else None
         self._norm_table: AddressTable | None = None
@@ -129,19 +133,23 @@ class Update:
         losses, correct, ends, healths = [], [], [], []
         for index, (batch, state, count) in enumerate(zip(batches, states, counts)):
             part = _to_device(batch, self.precision.device)
-            # Without targets there is nothing to learn; but other ranks wait for this one's gradients, zero or not.
-            share = count / max(1, num_targets) if count or self.world.size > 1 else None
-            averaged = None if share is None else share * self.world.size  # gradients are averaged over ranks
-            accumulating = self.world.accumulating(self._spread, last=index == len(batches) - 1)
+            # Without targets there is nothing to learn; but FSDP's backward pass waits for every rank's.
+            share = count / max(1, num_targets) if count or self.world.shards else None
+            # FSDP averages gradients over ranks.
+            scaled = share * self.world.size if share is not None and self.world.shards else share
+            self.world.begin_part(self._spread, last=index == len(batches) - 1)
             # Parts' gradients are added up, which takes float32.
             half = self._half_gradients if len(batches) == 1 else None
-            with accumulating, weight_gradients_beside(self._unshared, half=half):
-                out = self.learning.learn(self._spread, part, state, share=averaged, autocast=self.precision.autocast)
+            with weight_gradients_beside(self._unread, half=half):
+                out = self.learning.learn(self._spread, part, state, share=scaled, autocast=self.precision.autocast)
             if share is not None:
                 losses.append(out.loss if share == 1.0 else out.loss * share)
             correct.append(out.num_correct)
             ends.append((leave or _finite)(index, out.state))
             healths.append(out.health)
+        if self.world.size > 1 and not self.world.shards:
+            with stage("learn"):
+                sum_gradients(self._params)
         loss = _sum(losses) if losses else torch.zeros((), device=self.precision.device)
         grad_norm = self._grad_norm()
         health, num_correct = _mean(healths), _sum(correct)

@@ -221,7 +221,7 @@ def test_an_optimizer_keeps_its_moments_as_told():
 
 
 def test_a_gradient_that_lies_behind_two_numbers():
-    """As DDP lays them, one after another in one buffer."""
+    """In one buffer, one after another."""
     walks = []
     for first in (0, 2):
         weight = torch.ones(3, 4, device=DEVICE, requires_grad=True)
