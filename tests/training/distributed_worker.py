@@ -48,4 +48,5 @@ for job in sys.argv[2:]:
     with open(f"{name}.{os.environ['RANK']}.outcome", "w") as file:
         file.write(outcome)
     if outcome.startswith("Traceback"):
+        print(f"{name}: {outcome}")
         sys.exit(1)

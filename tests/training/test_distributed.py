@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from process_pair import ROOT, free_ports, run_pair
 
 from kernels.linear import RoundedWeights
 from neurogen.config.compose import compose_config
@@ -23,8 +23,7 @@ from neurogen.training.distributed import SINGLE, World, connect, shard_like, wh
 from neurogen.training.metrics import read_metrics
 from neurogen.training.run import train
 
-ROOT = Path(__file__).resolve().parents[2]
-WORKER = str(Path(__file__).with_name("distributed_worker.py"))
+WORKER = Path(__file__).with_name("distributed_worker.py")
 TIMINGS = ("seconds", "throughput/tokens_per_second", "memory/peak_bytes")
 BASE = [
     "experiment=test", "data=text", "data.path=file*.txt", "data.validation_fraction=0.2", "trainer.dtype=float64",
@@ -51,16 +50,6 @@ RUNS: dict[str, list[str]] = {
 }
 
 
-def free_ports(count: int) -> list[int]:
-    held = [socket.socket() for _ in range(count)]
-    for each in held:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in held]
-    for each in held:
-        each.close()
-    return ports
-
-
 def overrides(name: str, *more: str) -> list[str]:
     place = [] if any(word.startswith("resume=") for word in [*RUNS[name], *more]) else [f"run_dir={name}"]
     return [*BASE, *RUNS[name], *more, *place]
@@ -76,19 +65,7 @@ def run_together(folder: Path, names: Sequence[str], environment: dict[str, str]
     for name in names:
         (folder / f"{name}.json").write_text(json.dumps(overrides(name)))
     jobs = [f"{port}:{name}" for port, name in zip(free_ports(len(names)), names)]
-    processes = []
-    for rank in range(2):
-        own = {**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        own |= {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, WORKER, str(folder), *jobs]
-        processes.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    try:
-        said = [process.communicate(timeout=200)[0].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    outcomes = [path.read_text() for path in sorted(folder.glob("*.outcome"))]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join([*said, *outcomes])
+    run_pair(WORKER, str(folder), *jobs, environment=environment)
 
 
 @pytest.fixture(scope="module")

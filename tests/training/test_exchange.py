@@ -1,45 +1,23 @@
 """Gradients summed over two processes, and the steps that apply them, against one process (gloo, CPU)."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import exchange_worker
 import pytest
 import torch
 from exchange_worker import DTYPES, SHAPES, make_params, take_steps
+from process_pair import free_ports, run_pair
 from safetensors.torch import load_file
 
 from neurogen.training import exchange
 from neurogen.training.distributed import SINGLE
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes wrote."""
     path = tmp_path_factory.mktemp("exchange")
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        port = held.getsockname()[1]
-    own = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    own |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, exchange_worker.__file__, str(path)],
-            env={**own, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=100)[0].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    run_pair(Path(exchange_worker.__file__), str(path), environment={"MASTER_PORT": str(free_ports(1)[0])}, timeout=100)
     return path
 
 
