@@ -6,8 +6,8 @@ Each case is a run of scripts/train.py on this machine, by processes with the en
 Python's standard library, and its rate is what the run itself logs: tokens a second over all processes, at its median
 after the first intervals. efficiency = rate of N processes / (N x rate of one). One process runs without a strategy;
 `data.lanes` are its lanes: a process's own in weak scaling, all processes' in strong. Peak memory is the first
-process's. On a GPU, one process records its step as a CUDA graph and several do not; trainer.cuda_graph=false compares
-like with like.
+process's. On a GPU, one process and several of ddp record their step as a CUDA graph, fsdp does not;
+trainer.cuda_graph=false compares like with like.
 
     processes=1,2            numbers of processes (default 1,2); 1 is always among them
     strategy=ddp             ddp, fsdp, or both
