@@ -103,8 +103,8 @@ class Trainer:
         possible = can_record(self.update)
         if self.config.cuda_graph and not possible:
             raise UserError(
-                "trainer.cuda_graph=true: a step can be recorded in one process on a GPU, with mode=fused and "
-                "learning=bptt; change those, or leave it null"
+                "trainer.cuda_graph=true: a step can be recorded in one process on a GPU, with mode=fused or "
+                "a compiled model=gpt, and learning=bptt; change those, or leave it null"
             )
         return possible
 
