@@ -1,7 +1,7 @@
 """Sampling inside a kernel: draws and thresholds as functions for other kernels to call.
 
-Thresholds are found by halving an interval of floats ordered as integers, so that nothing is sorted: the smallest t for
-which the tokens likelier than t weigh less than a target is the last logit that top-k or top-p keeps.
+Thresholds are found by quartering an interval of floats ordered as integers, so that nothing is sorted: the smallest t
+for which the tokens likelier than t weigh less than a target is the last logit that top-k or top-p keeps.
 """
 
 import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
@@ -84,6 +84,37 @@ def weight_above(p_row, num_ids, threshold, lowest, largest, COUNT: tl.constexpr
 
 
 @triton.jit
+def weights_above(p_row, num_ids, a, b, c, lowest, largest, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """`weight_above` of three thresholds, for one reading of the row."""
+    t_a, t_b, t_c = from_order_key(a.to(tl.int32)), from_order_key(b.to(tl.int32)), from_order_key(c.to(tl.int32))
+    above_a = tl.zeros([BLOCK], tl.float32)
+    above_b, above_c = above_a, above_a
+    start = 0
+    while start < num_ids:
+        o_v = start + tl.arange(0, BLOCK)
+        z = tl.load(p_row + o_v, mask=o_v < num_ids, other=float("-inf"), cache_modifier=".cg")
+        weight = tl.full([BLOCK], 1.0, tl.float32) if COUNT else tl.exp(z - largest)
+        weight = tl.where(z >= lowest, weight, 0.0)
+        above_a += tl.where(z > t_a, weight, 0.0)
+        above_b += tl.where(z > t_b, weight, 0.0)
+        above_c += tl.where(z > t_c, weight, 0.0)
+        start += BLOCK
+    return tl.sum(above_a, 0), tl.sum(above_b, 0), tl.sum(above_c, 0)
+
+
+@triton.jit
+def narrowed(low, high, middle, weight, target, COUNT: tl.constexpr):
+    """The interval once the weight above `middle` is known."""
+    is_enough = weight >= target
+    low = tl.where(is_enough, tl.maximum(low, middle), low)
+    high = tl.where(is_enough, high, tl.minimum(high, middle))
+    if COUNT:
+        # Exactly the k likeliest are above: any threshold up to the k-th keeps the same tokens.
+        high = tl.where(weight == target, middle + 1, high)
+    return low, high
+
+
+@triton.jit
 def smallest_kept(p_row, num_ids, target, lowest, largest, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """The smallest t with `weight_above(t) < target`.
 
@@ -99,16 +130,12 @@ def smallest_kept(p_row, num_ids, target, lowest, largest, COUNT: tl.constexpr, 
     low = order_key(lowest).to(tl.int64) - 1
     high = order_key(largest).to(tl.int64)
     while high - low > 1:
-        middle = low + (high - low) // 2
-        weight = weight_above(p_row, num_ids, from_order_key(middle.to(tl.int32)), lowest, largest, COUNT, BLOCK)
-        if COUNT and weight == target:
-            # Exactly the k likeliest are above: any threshold up to the k-th keeps the same tokens.
-            low = middle
-            high = middle + 1
-        elif weight < target:
-            high = middle
-        else:
-            low = middle
+        width = high - low
+        a, b, c = low + width // 4, low + width // 2, low + width * 3 // 4
+        above_a, above_b, above_c = weights_above(p_row, num_ids, a, b, c, lowest, largest, COUNT, BLOCK)
+        low, high = narrowed(low, high, a, above_a, target, COUNT)
+        low, high = narrowed(low, high, b, above_b, target, COUNT)
+        low, high = narrowed(low, high, c, above_c, target, COUNT)
     return from_order_key(high.to(tl.int32))
 
 

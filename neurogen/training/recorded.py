@@ -8,9 +8,10 @@ import gc
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.addresses import AddressTable
+from neurogen.baselines import GPT
 from neurogen.brain import BrainState
 from neurogen.data import Batch
 from neurogen.errors import UserError
@@ -24,7 +25,8 @@ STEPS_AHEAD = 2  # of the device, at most: a limit in seconds must not find minu
 
 
 def can_record(update: Update) -> bool:
-    """Whether this step keeps still enough to be recorded: on a GPU, fused kernels, BPTT, parameters not sharded.
+    """Whether this step keeps still enough to be recorded: on a GPU, fused kernels or a compiled GPT, BPTT, parameters
+    not sharded.
 
     The reference's operations would run recorded as well, but a graph of some 100,000 of them takes longer to make than
     most runs take. FSDP gathers and frees parameters as its own hooks decide.
@@ -34,9 +36,12 @@ def can_record(update: Update) -> bool:
         update.precision.device.type == "cuda"
         and not update.world.shards
         and isinstance(update.learning, BPTT)
-        and isinstance(model, NeuroGen)
-        and isinstance(model.mode, FusedMode)
+        and (_is_fused(model) or (isinstance(model, GPT) and model.config.compile))
     )
+
+
+def _is_fused(model: nn.Module) -> bool:
+    return isinstance(model, NeuroGen) and isinstance(model.mode, FusedMode)
 
 
 class RecordedUpdate:

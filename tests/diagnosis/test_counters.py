@@ -202,8 +202,8 @@ def test_nothing_waits_inside_a_sequence_on_gpu(make_model: Callable[..., NeuroG
     for mode in ("unfused", "preallocated"):
         model = make_model(dtype=torch.float32, mode=mode).to("cuda")
         for _ in range(2):
-            torch.cuda.set_sync_debug_mode("error" if _ else "default")
             try:
+                torch.cuda.set_sync_debug_mode("error" if _ else "default")
                 model(ids, target_ids=ids).loss.backward()
                 out = model.generate(torch.zeros(LANES, 1, dtype=torch.int64), max_new_tokens=3, stop=(4,))
             finally:

@@ -273,8 +273,8 @@ def test_a_step_on_a_gpu_does_not_wait(text: Path, monkeypatch: pytest.MonkeyPat
     call = Update.__call__
 
     def strict(self: Update, *args: Any, **options: Any) -> Any:
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             return call(self, *args, **options)
         finally:
             torch.cuda.set_sync_debug_mode("default")

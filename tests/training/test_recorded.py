@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+import neurogen.training.update as update_module
 from kernels.linear import beside
 from neurogen import BrainConfig, NeuroGen
+from neurogen.baselines import GPT, GPTConfig
 from neurogen.brain import BrainState
 from neurogen.config.compose import compose_config
 from neurogen.config.schema import AdamWConfig, MuonConfig
@@ -41,9 +43,11 @@ def make_batch(step: int, *, window: int = WINDOW, ignored: bool = False) -> Bat
     return Batch(ids[:, :-1].cuda(), targets.cuda(), start.cuda(), counts)
 
 
-def make_update(optimizer: str) -> Update:
+def make_update(optimizer: str, *, gpt: bool = False) -> Update:
     torch.manual_seed(0)
-    model = NeuroGen(BRAIN, vocab_size=VOCAB, mode="fused")
+    model: NeuroGen | GPT = NeuroGen(BRAIN, vocab_size=VOCAB, mode="fused")
+    if gpt:
+        model = GPT(GPTConfig(64, 2, 32), vocab_size=VOCAB, mask_documents=False)
     with torch.no_grad():
         for param in model.parameters():
             param.add_(0.02 * torch.randn_like(param))
@@ -53,10 +57,10 @@ def make_update(optimizer: str) -> Update:
 
 
 def walk(
-    optimizer: str, *, recorded: bool, carried: bool = True, num_steps: int = 9
+    optimizer: str, *, recorded: bool, carried: bool = True, num_steps: int = 9, gpt: bool = False
 ) -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
     """Losses, the parameters after the last step, and evaluations on the way; some steps are out of the ordinary."""
-    update = make_update(optimizer)
+    update = make_update(optimizer, gpt=gpt)
     take = RecordedUpdate(update) if recorded else update
     states: list[BrainState | None] = [None]
     losses, evaluations = [], []
@@ -113,20 +117,32 @@ def test_recorded_steps_are_plain_steps_bit_for_bit(optimizer: str, carried: boo
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_recorded_gpt_trains_as_a_plain_one(optimizer: str) -> None:
+    """Not bit for bit: gradients of its embedding are added up in the order they come."""
+    plain, recorded = (walk(optimizer, recorded=recorded, gpt=True) for recorded in (False, True))
+    assert recorded[0] == pytest.approx(plain[0], rel=1e-3)
+    assert recorded[2] == pytest.approx(plain[2], rel=1e-3)
+    assert plain[0][0] - plain[0][4] > 10 * 1e-3, "nothing was learned, so nothing was compared"
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("recorded", [False, True])
 def test_gradients_on_a_second_stream_change_no_bit(recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32: only gradients that are put off can be kept in half precision."""
     put_off = []
-    put = beside.PutOff.put
+    put, together = beside.PutOff.put, update_module.weight_gradients_beside
 
     def note(self: beside.PutOff, *args: Any) -> None:
         put_off.append(args)
         put(self, *args)
 
     monkeypatch.setattr(beside.PutOff, "put", note)
+    monkeypatch.setattr(update_module, "weight_gradients_beside", lambda weights, half: together(weights))
     got = walk("adamw", recorded=recorded)
     assert put_off
     put_off.clear()
-    monkeypatch.setattr("neurogen.training.update.weight_gradients_beside", lambda weights: contextlib.nullcontext())
+    monkeypatch.setattr(update_module, "weight_gradients_beside", lambda weights, half: contextlib.nullcontext())
     expected = walk("adamw", recorded=recorded)
     assert not put_off
     assert got[0] == expected[0]
@@ -172,8 +188,8 @@ def test_a_recorded_step_does_not_wait() -> None:
     for step in range(NUM_PLAIN_STEPS + 1):
         states = list(take([make_batch(step)], states).states)
     batch = make_batch(99)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         take([batch], states)
     finally:
         torch.cuda.set_sync_debug_mode("default")
