@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.cortex import CortexState, cortex
 from kernels.gated_norm import gated_norm
+from kernels.linear import linear
 
 
 class CortexCircuitOutput(NamedTuple):
@@ -47,7 +48,7 @@ def cortex_circuit_reference(
         eps: added to mean squares.
     """
     bias = F.pad(drive_bias, (0, drive_bias.shape[0]))
-    drive, gate = F.linear(h, in_projection, bias).chunk(2, dim=-1)
+    drive, gate = linear(h, in_projection, bias).chunk(2, dim=-1)
     out = cortex(
         drive,
         lateral,
@@ -60,4 +61,4 @@ def cortex_circuit_reference(
         adaptation_decay=adaptation_decay,
     )
     activity = gated_norm(out.spikes, gate, group_size=lateral.shape[-1], scale=go, eps=eps)
-    return CortexCircuitOutput(F.linear(activity, out_projection), out.state, out.num_fired, out.num_saturated)
+    return CortexCircuitOutput(linear(activity, out_projection), out.state, out.num_fired, out.num_saturated)

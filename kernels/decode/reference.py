@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.linear import linear
 from kernels.precision import accumulation_dtype
 
 IGNORE_INDEX = -100
@@ -35,7 +36,7 @@ def decode_reference(
         DecodeOutput. A tie of the largest logits goes to the lowest id.
     """
     hidden, target_ids = hidden.reshape(-1, hidden.shape[-1]), target_ids.reshape(-1)
-    logits = F.linear(hidden, weight.to(hidden.dtype)).to(accumulation_dtype(hidden))
+    logits = linear(hidden, weight).to(accumulation_dtype(hidden))
     total = F.cross_entropy(logits, target_ids, ignore_index=ignore_index, reduction="sum")
     counted = target_ids != ignore_index
     num_targets = counted.sum()

@@ -13,6 +13,7 @@ from kernels.linear.beside import (
     weight_gradients_beside,
 )
 from kernels.linear.products import add_product, product
+from kernels.linear.reference import linear, one_copy_a_weight
 from kernels.linear.rounded import RoundedWeights
 from kernels.precision import full_precision_linear as _reference
 
@@ -23,6 +24,8 @@ __all__ = [
     "full_precision_linear",
     "handed_over",
     "idle_gpu",
+    "linear",
+    "one_copy_a_weight",
     "product",
     "product_gradients",
     "stored_dtype",

@@ -1,9 +1,9 @@
 """A fast-weight layer's circuit in plain torch."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.gated_norm import gated_norm
+from kernels.linear import linear
 from kernels.memory import memory
 from kernels.precision import full_precision_linear
 
@@ -36,7 +36,7 @@ def memory_circuit_reference(
         What the circuit writes `[B, T, D]`, and S after the last token.
     """
     num_heads = forget.shape[0]
-    query, key, value, gate = F.linear(h, in_projection).chunk(4, dim=-1)
+    query, key, value, gate = linear(h, in_projection).chunk(4, dim=-1)
     query, key, value = (z.unflatten(-1, (num_heads, -1)) for z in (query, key, value))
     write_logit = None
     if write is not None:
@@ -55,4 +55,4 @@ def memory_circuit_reference(
         eps=eps,
     )
     activity = gated_norm(read.flatten(-2), gate, group_size=value.shape[-1], eps=eps)
-    return F.linear(activity, out_projection), state
+    return linear(activity, out_projection), state

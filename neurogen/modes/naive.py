@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.decode import IGNORE_INDEX, DecodeOutput
+from kernels.linear import one_copy_a_weight
 from kernels.relay import NO_TOKEN
 from neurogen.brain import Brain, BrainOutput, BrainState, Decoder, TokenEmbedding
 from neurogen.generation.loop import HostCopyReader, token_loop
@@ -54,6 +55,18 @@ class NaiveMode(UnfusedMode):
     ) -> BrainOutput:
         if input_ids.shape[1] == 0:
             return super().sequence(brain, embedding, input_ids, state, document_start)
+        with one_copy_a_weight():
+            return join_outputs(self._steps(brain, embedding, input_ids, state, document_start))
+
+    def _steps(
+        self,
+        brain: Brain,
+        embedding: TokenEmbedding,
+        input_ids: Tensor,
+        state: BrainState,
+        document_start: Tensor | None,
+    ) -> list[BrainOutput]:
+        """What each token leaves."""
         rows = list(embedding(state.recent_ids.clamp_min(0)).unbind(1))
         steps: list[BrainOutput] = []
         for t in range(input_ids.shape[1]):
@@ -68,7 +81,7 @@ class NaiveMode(UnfusedMode):
                 broca_output = host_round_trip(out.broca_output)
             steps.append(BrainOutput(broca_output, out.state, out.activity, out.go))
             state = out.state
-        return join_outputs(steps)
+        return steps
 
     def _relay(
         self, brain: Brain, rows: list[Tensor], token_ids: Tensor, recent_ids: Tensor, document_start: Tensor | None
@@ -93,10 +106,11 @@ class NaiveMode(UnfusedMode):
             return super().loss(decoder, broca_output, target_ids)
         total, num_correct = broca_output.new_zeros((), dtype=torch.float32), 0
         num_targets = (target_ids != IGNORE_INDEX).sum()
-        for t in range(num_tokens):
-            step = super().loss(decoder, broca_output[:, t : t + 1].clone(), target_ids[:, t : t + 1].clone())
-            total = total + step.loss * step.num_targets
-            num_correct += int(step.num_correct)
+        with one_copy_a_weight():
+            for t in range(num_tokens):
+                step = super().loss(decoder, broca_output[:, t : t + 1].clone(), target_ids[:, t : t + 1].clone())
+                total = total + step.loss * step.num_targets
+                num_correct += int(step.num_correct)
         hits = to_device(torch.tensor(num_correct), total.device)
         return DecodeOutput(total / num_targets.clamp_min(1), hits, num_targets)
 

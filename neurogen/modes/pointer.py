@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.decode import DecodeOutput
+from kernels.linear import one_copy_a_weight
 from neurogen.brain import Brain, BrainOutput, BrainState, Decoder, TokenEmbedding
 from neurogen.generation.loop import HostReader, token_loop
 from neurogen.modes.join import join_outputs
@@ -35,19 +36,21 @@ class PointerMode(UnfusedMode):
         document_start: Tensor | None,
     ) -> BrainOutput:
         steps: list[BrainOutput] = []
-        for t in range(input_ids.shape[1]):
-            starts = None if document_start is None else document_start[:, t : t + 1]
-            steps.append(super().sequence(brain, embedding, input_ids[:, t : t + 1], state, starts))
-            state = steps[-1].state
+        with one_copy_a_weight():
+            for t in range(input_ids.shape[1]):
+                starts = None if document_start is None else document_start[:, t : t + 1]
+                steps.append(super().sequence(brain, embedding, input_ids[:, t : t + 1], state, starts))
+                state = steps[-1].state
         if not steps:
             return super().sequence(brain, embedding, input_ids, state, document_start)
         return join_outputs(steps)
 
     def loss(self, decoder: Decoder, broca_output: Tensor, target_ids: Tensor) -> DecodeOutput:
-        steps = [
-            super(PointerMode, self).loss(decoder, broca_output[:, t : t + 1], target_ids[:, t : t + 1])
-            for t in range(target_ids.shape[1])
-        ]
+        with one_copy_a_weight():
+            steps = [
+                super(PointerMode, self).loss(decoder, broca_output[:, t : t + 1], target_ids[:, t : t + 1])
+                for t in range(target_ids.shape[1])
+            ]
         if not steps:
             return super().loss(decoder, broca_output, target_ids)
         num_targets = torch.stack([step.num_targets for step in steps])

@@ -3,6 +3,8 @@
 import copy
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cache
+from math import inf, isfinite, log, sqrt
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -230,24 +232,122 @@ FUSED_CASES = {
 }
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["graded-hebbian", "graded-delta-tied", "one-token", *FUSED_CASES])
-def test_modes_agree_in_bfloat16_on_gpu(name: str, make_model: Callable[..., NeuroGen]) -> None:
-    """Rounding moves neurons over the kinks of their derivative, in every mode others; so each mode is held to float64,
-    and may be half as far again from it as the definition is in bfloat16. One sequence's error is a matter of which
-    few neurons were moved, so errors are medians over sequences."""
-    case, num_sequences = {**CASES, **FUSED_CASES}[name], 15
-    modes = ("unfused", *TOKEN_MODES, "fused") if name in FUSED_CASES else ("unfused", *TOKEN_MODES)
-    model = make_model(dtype=torch.float32, **case.config).to("cuda")
+FALSE_ALARMS = 1e-2  # a case
+FLOOR, FACTOR = 3e-2, 1.5
+
+
+@cache
+def rank_sums(num_ranks: int) -> list[int]:
+    """In how many ways some of the ranks 1 to num_ranks add up to each sum."""
+    ways = [1]
+    for rank in range(1, num_ranks + 1):
+        ways = [a + b for a, b in zip([*ways, *[0] * rank], [*[0] * rank, *ways], strict=True)]
+    return ways
+
+
+def signed_rank_p_value(differences: list[float]) -> float:
+    """Wilcoxon's: how likely a sum of positive ranks as large as this is, if each difference is as likely to be its
+    negative. Exact; among equals a difference that is not positive ranks higher, which makes it larger."""
+    ordered = sorted(differences, key=lambda d: (abs(d), d <= 0))
+    observed = sum(rank for rank, d in enumerate(ordered, 1) if d > 0)
+    return sum(rank_sums(len(ordered))[observed:]) / 2 ** len(ordered)
+
+
+def excesses(measured: dict[tuple[str, str], list[float]]) -> list[str]:
+    """What is further from float64 than max(FLOOR, FACTOR times the definition's error), worst first.
+
+    Arguments:
+        measured: errors by mode and quantity, one a sequence, in the same order for all; those of `unfused` are the
+            definition's.
+
+    A mode that scatters as the definition does, and is just FACTOR times as far off, gives a logarithm of the quotient
+    that is symmetric about the allowed one; one that is better gives lower ranks. So the chance that any of a case's
+    comparisons is listed here without reason is at most FALSE_ALARMS (Bonferroni).
+    """
+    found = []
+    compared = [(mode, quantity) for mode, quantity in measured if mode != "unfused"]
+    for mode, quantity in compared:
+        each, own = measured[mode, quantity], measured["unfused", quantity]
+        allowed = [max(FLOOR, FACTOR * y) for y in own]
+        p_value = signed_rank_p_value(
+            [log(max(x, 1e-12) / y) if isfinite(x) else inf for x, y in zip(each, allowed, strict=True)]
+        )
+        if p_value <= FALSE_ALARMS / len(compared):
+            figures = f"{median(each):.4f}, unfused {median(own):.4f}, p {p_value:.1e}"
+            found.append((p_value, f"{mode}, {quantity}: {figures}"))
+    return [line for _, line in sorted(found)]
+
+
+def bfloat16_errors(
+    model: NeuroGen, case: Case, modes: tuple[str, ...], num_sequences: int
+) -> dict[tuple[str, str], list[float]]:
+    """Errors against float64 by mode and quantity, one a sequence, of a float32 model under autocast; `all gradients`
+    is their root mean square, which scatters less than each."""
     double = copy.deepcopy(model).double()
     measured: dict[tuple[str, str], list[float]] = defaultdict(list)
     for seed in range(num_sequences):
         *_, state = sequence(case, double, seed)
         exact = run(double, "unfused", case, seed, state)
         state = state.map(lambda x: x.float() if x.is_floating_point() else x)
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.autocast(model.device.type, dtype=torch.bfloat16):
             for mode in modes:
-                for quantity, error in errors(run(model, mode, case, seed, state), exact).items():
+                found = errors(run(model, mode, case, seed, state), exact)
+                squares = [error**2 for quantity, error in found.items() if quantity.startswith("gradient")]
+                found["all gradients"] = sqrt(sum(squares) / len(squares))
+                for quantity, error in found.items():
                     measured[mode, quantity].append(error)
-    for (mode, quantity), each in measured.items():
-        assert median(each) <= max(3e-2, 1.5 * median(measured["unfused", quantity])), (mode, quantity)
+    return measured
+
+
+def test_excesses_are_told_from_scatter() -> None:
+    """Errors that scatter over a factor of ten, in each mode by itself: as they are found, and a part made worse."""
+    generator = torch.Generator().manual_seed(0)
+    quantities = [f"quantity {i}" for i in range(50)]
+    for num_sequences, worse in ((48, 4.0), (24, 8.0)):
+        for _ in range(20):
+            measured = {
+                (mode, quantity): (0.05 * torch.randn(num_sequences, generator=generator).mul(0.6).exp()).tolist()
+                for mode in ("unfused", *TOKEN_MODES)
+                for quantity in quantities
+            }
+            assert excesses(measured) == []
+            measured["naive", "quantity 3"] = [worse * x for x in measured["naive", "quantity 3"]]
+            measured["pointer", "quantity 5"] = [worse * x for x in measured["pointer", "quantity 5"]]
+            measured["pointer", "quantity 7"][:] = [float("nan")] * num_sequences
+            assert {line.split(":")[0] for line in excesses(measured)} == {
+                "naive, quantity 3",
+                "pointer, quantity 5",
+                "pointer, quantity 7",
+            }
+
+
+def test_modes_agree_in_bfloat16(make_model: Callable[..., NeuroGen]) -> None:
+    """As on a GPU below; what is compared there is first tried here, on one case."""
+    case = CASES["graded-hebbian"]
+    model = make_model(dtype=torch.float32, **case.config)
+    assert excesses(bfloat16_errors(model, case, ("unfused", *TOKEN_MODES), 20)) == []
+
+
+@pytest.mark.parametrize("mode", ["naive", "pointer"])
+def test_weights_are_not_rounded_in_sums_over_tokens(mode: str, make_model: Callable[..., NeuroGen]) -> None:
+    """Autocast's cache would sum a weight's gradient over tokens in bfloat16; without the cache there is nothing to sum
+    in. The forward pass is the same in both, and so no neuron crosses a kink."""
+    case = Case(FUSED_SIZES, lanes=1, num_tokens=50, resets=False, carried=False)
+    model = make_model(dtype=torch.float32, **case.config)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cached = run(model, mode, case)
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        assert_equal_results(cached, run(model, mode, case), 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["graded-hebbian", "graded-delta-tied", "one-token", *FUSED_CASES])
+def test_modes_agree_in_bfloat16_on_gpu(name: str, make_model: Callable[..., NeuroGen]) -> None:
+    """Rounding moves neurons over the kinks of their derivative, in every mode others; so each mode is held to float64,
+    and may be half as far again from it as the definition is in bfloat16. One sequence's error is a matter of which
+    few neurons were moved, and scatters over a factor of ten; so many are compared, pair by pair."""
+    case = {**CASES, **FUSED_CASES}[name]
+    modes = ("unfused", *TOKEN_MODES, "fused") if name in FUSED_CASES else ("unfused", *TOKEN_MODES)
+    model = make_model(dtype=torch.float32, **case.config).to("cuda")
+    found = excesses(bfloat16_errors(model, case, modes, 48 if case.num_tokens < 20 else 24))
+    assert not found, "\n" + "\n".join(found)
