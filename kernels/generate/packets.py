@@ -363,7 +363,10 @@ def room_channels_of(room, first, NH: tl.constexpr, NI: tl.constexpr, KS: tl.con
     o_k = (o_h * NI + o_i) * KS + tl.arange(0, KS // 4)[None, None, None, :] * 4
     out = ()
     for u in tl.static_range(U):
-        place = room + room_place(first) + room_place(u * NH * NI * KS + o_k)
+        if U * NH * NI * KS % 32 == 0:  # then the gaps before `first` are a turn's, times a number
+            place = room + room_place(first) + room_place(u * NH * NI * KS + o_k)
+        else:
+            place = room + room_place(first + u * NH * NI * KS + o_k)
         a, b, c, d = tl.inline_asm_elementwise(
             "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,r", [place], dtype=(tl.float32,) * 4, is_pure=True,
             pack=1,

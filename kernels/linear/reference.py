@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from kernels.linear.products import product
 
 # By identity: each weight, so that the identity stays its own, and its rounded copy.
 _Copies = dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]
-_COPIES: ContextVar[_Copies | None] = ContextVar("copies", default=None)
+_copies: _Copies | None = None  # of the loop that is running; a plain global, which torch.compile can trace
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,11 +30,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         `[..., out]`; the product is torch's own, and under torch.autocast in autocast's type, but inside
         `one_copy_a_weight`.
     """
-    copies = _COPIES.get()
     if weight.dtype == x.dtype:
         return F.linear(x, weight, bias)
-    if copies is not None and torch.is_grad_enabled():
-        return _SharedCopyLinear.apply(x, weight, bias, _copy(copies, weight, x.dtype))
+    if _copies is not None and torch.is_grad_enabled():
+        return _SharedCopyLinear.apply(x, weight, bias, _copy(_copies, weight, x.dtype))
     if torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -49,11 +47,12 @@ def one_copy_a_weight() -> Iterator[None]:
     caches is shared, but its gradient is in the copy's type, and so is the sum of as many terms as there are tokens: in
     bfloat16, over 500 tokens, that alone put gradients 2 to 4 % off.
     """
-    token = _COPIES.set({})
+    global _copies
+    before, _copies = _copies, {}
     try:
         yield
     finally:
-        _COPIES.reset(token)
+        _copies = before
 
 
 def _copy(copies: _Copies, weight: Tensor, dtype: torch.dtype) -> Tensor:

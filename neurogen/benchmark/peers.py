@@ -91,8 +91,8 @@ def cortex_peers(
 
         return _both(forward, [x], backward=backward)
 
-    # FlashRNN keeps addresses of memory that recording, its own or another's, gives back to the driver: its next launch
-    # ends the process's use of the GPU. So it is not recorded, and comes after all that is.
+    # FlashRNN is not recorded, and comes last: a replay of it once ended the process's use of the GPU. (Whether that
+    # was its doing is not known: recorded work did not keep its inputs then.)
     return [
         Contender("cuDNN LSTM, dense", dense_lstm),
         Contender("SpikingJelly LIF, Triton, no lateral weights", spikingjelly("triton")),

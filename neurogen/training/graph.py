@@ -1,5 +1,6 @@
 """A training step as one CUDA graph: recorded once, replayed with new contents of the same tensors."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,9 @@ def capture(step: Callable[[], Any], device: torch.device) -> Callable[[], None]
         device: a CUDA device.
 
     Returns:
-        A function that runs the recorded launches again. `step` itself runs NUM_WARMUP_STEPS times before recording, so
-        a caller that counts updates captures before its first or restores what those changed.
+        A function that runs the recorded launches again, and keeps `step`, whose tensors they read. `step` itself runs
+        NUM_WARMUP_STEPS times before recording, so a caller that counts updates captures before its first or restores
+        what those changed.
     """
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
@@ -29,4 +31,8 @@ def capture(step: Callable[[], Any], device: torch.device) -> Callable[[], None]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+    return functools.partial(_replay, graph, step)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, step: Callable[[], Any]) -> None:
+    graph.replay()

@@ -35,6 +35,7 @@ SLOW_PRESETS = {
     "no gates": ({"go_gate": False, "lateral": False, "wernicke_depth": 2, "pfc_depth": 0}, {"top_k": 3}, 4),
     "memory alone": ({"wernicke_depth": 0, "broca_depth": 0, "memory_rule": "delta"}, {"min_p": 0.2}, 1),
     "cortex alone": ({"hippocampus_depth": 0, "pfc_depth": 0}, {"repetition_penalty": 0.7}, 2),
+    "an odd width": ({"embedding_dim": 48}, {"temperature": 1.5}, 1),
     "tied": ({"tie_embedding": True, "embedding_dim": 48, "mlp_ratio": 4.0}, {"temperature": 1.5}, 1),
     "no layers": (
         {"wernicke_depth": 0, "hippocampus_depth": 0, "pfc_depth": 0, "broca_depth": 0},

@@ -28,7 +28,8 @@ def run_pair(script: Path, *arguments: str, environment: Mapping[str, str], time
     Arguments:
         environment: what is added to this process's, such as MASTER_PORT.
     """
-    own = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     own |= environment
     processes = [
         subprocess.Popen(

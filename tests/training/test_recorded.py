@@ -123,7 +123,7 @@ def test_a_recorded_gpt_trains_as_a_plain_one(optimizer: str) -> None:
     plain, recorded = (walk(optimizer, recorded=recorded, gpt=True) for recorded in (False, True))
     assert recorded[0] == pytest.approx(plain[0], rel=1e-3)
     assert recorded[2] == pytest.approx(plain[2], rel=1e-3)
-    assert plain[0][0] - plain[0][4] > 10 * 1e-3, "nothing was learned, so nothing was compared"
+    assert max(plain[0]) - min(plain[0]) > 10 * 1e-3 * plain[0][0], "losses alike at all steps compare nothing"
 
 
 @pytest.mark.gpu
