@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from neurogen.machine import machine_facts
-from neurogen.training.graph import capture
+from neurogen.training.graph import capture, end_failed_capture
 
 FLUSH_BYTES = 256 << 20  # several times any L2 cache
 
@@ -217,6 +217,7 @@ def _recorded(work: Callable[[], Any], device: torch.device) -> Callable[[], Non
         replay()
         torch.cuda.synchronize(device)
     except RuntimeError:
+        end_failed_capture(device)
         return None
     return replay
 

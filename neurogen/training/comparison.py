@@ -23,7 +23,7 @@ from neurogen.training.plots import _COLORS, curve, smooth
 from neurogen.training.run_directory import RunDirectory
 
 # Where a run is kept, what it draws and which of several seeds it had: the same experiment otherwise.
-APART_KEYS = ("run_dir", "resume", "seed", "logger", "trainer.health_plots")
+APART_KEYS = ("run_dir", "resume", "seed", "logger", "trainer.health_plots", "trainer.cuda_graph")
 METRICS = {"val/bpb": "bits per byte", "val/loss": "loss", "val_reset/bpb": "reset bits per byte"}
 # The limit that a run was given, and how a table names it.
 BUDGETS = {
@@ -241,7 +241,9 @@ def plot_comparison(runs: Sequence[Run], *paths: Path) -> None:
             )
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False, fontsize=7)
+        # Below the panels, since names of settings are long.
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=7)
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -34,5 +34,13 @@ def capture(step: Callable[[], Any], device: torch.device) -> Callable[[], None]
     return functools.partial(_replay, graph, step)
 
 
+def end_failed_capture(device: torch.device) -> None:
+    """After a recording that failed. torch then leaves its random generator in the state of one that is recorded, and
+    refuses every draw; a recording that succeeds ends that."""
+    scratch = torch.zeros(1, device=device)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        scratch.add_(1.0)
+
+
 def _replay(graph: torch.cuda.CUDAGraph, step: Callable[[], Any]) -> None:
     graph.replay()

@@ -8,10 +8,9 @@ import gc
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.addresses import AddressTable
-from neurogen.baselines import GPT
 from neurogen.brain import BrainState
 from neurogen.data import Batch
 from neurogen.errors import UserError
@@ -25,23 +24,20 @@ STEPS_AHEAD = 2  # of the device, at most: a limit in seconds must not find minu
 
 
 def can_record(update: Update) -> bool:
-    """Whether this step keeps still enough to be recorded: on a GPU, fused kernels or a compiled GPT, BPTT, parameters
-    not sharded.
+    """Whether this step keeps still enough to be recorded: on a GPU, fused kernels, BPTT, parameters not sharded.
 
     The reference's operations would run recorded as well, but a graph of some 100,000 of them takes longer to make than
-    most runs take. FSDP gathers and frees parameters as its own hooks decide.
+    most runs take. A GPT that torch.compile runs compiles anew while it is recorded, which ends the recording. FSDP
+    gathers and frees parameters as its own hooks decide.
     """
     model = update.model
     return (
         update.precision.device.type == "cuda"
         and not update.world.shards
         and isinstance(update.learning, BPTT)
-        and (_is_fused(model) or (isinstance(model, GPT) and model.config.compile))
+        and isinstance(model, NeuroGen)
+        and isinstance(model.mode, FusedMode)
     )
-
-
-def _is_fused(model: nn.Module) -> bool:
-    return isinstance(model, NeuroGen) and isinstance(model.mode, FusedMode)
 
 
 class RecordedUpdate:

@@ -111,8 +111,8 @@ class Trainer:
         possible = self.world.all_agree(can_record(self.update))
         if self.config.cuda_graph and not possible:
             raise UserError(
-                "trainer.cuda_graph=true: a step can be recorded on a GPU, with mode=fused or a compiled model=gpt, "
-                "with learning=bptt and without trainer=fsdp; change those, or leave it null"
+                "trainer.cuda_graph=true: a step can be recorded on a GPU, with mode=fused, with "
+                "learning=bptt and without trainer=fsdp; change those, or leave it null"
             )
         return possible
 
