@@ -17,7 +17,7 @@ train: $(READY)
 	$(BIN)/python scripts/train.py experiment=quick $(ARGS)
 
 test: $(READY_DEV)
-	$(BIN)/python -m pytest -n auto -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(ARGS)
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Shared by all tests: kernels run in Triton's interpreter where there is no GPU, and GPU tests skip there; one small
 model with weights that make every path matter."""
 
-import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
+import kernels.launch  # noqa: I001  first: it chooses the interpreter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +9,11 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+if kernels.launch.INTERPRETED:
+    import interpreter_speed
+
+    interpreter_speed.patch_once_a_launch()
 
 SMALL = {"embedding_dim": 24, "column_width": 8, "head_width": 6}
 

@@ -28,11 +28,16 @@ CHOICES = sorted(
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_every_choice_of_every_group_composes(choice: str) -> None:
-    config = compose_config([choice, *NEEDS.get(choice, [])])
+def test_every_choice_of_every_group_composes_and_lists_every_key(choice: str) -> None:
+    tree = compose_node([choice, *NEEDS.get(choice, [])])
+    config = build_config(tree, Config)
     group, name = choice.split("=")
     if group in ("mode", "optimizer", "schedule", "logger", "learning"):
         assert getattr(config, group).name == name
+    # A key missing from the YAML could not be overridden from the command line.
+    if group != "experiment" and choice != "logger=none":  # which has nothing to set
+        schema = GROUPS[group][tree[group].name] if isinstance(GROUPS[group], dict) else GROUPS[group]
+        assert set(tree[group]) == {field.name for field in dataclasses.fields(schema)}
 
 
 def test_the_groups_folders_are_the_schema() -> None:
@@ -61,16 +66,6 @@ def test_every_tuned_file_belongs_to_an_experiment_and_a_model() -> None:
     for path in (CONF_DIR / "tuned").glob("*/*"):
         assert (CONF_DIR / "experiment" / f"{path.parent.name}.yaml").exists()
         assert (CONF_DIR / "model" / path.name).exists()
-
-
-@pytest.mark.parametrize("choice", [choice for choice in CHOICES if not choice.startswith("experiment=")])
-def test_a_choice_lists_every_key(choice: str) -> None:
-    # A key missing from the YAML could not be overridden from the command line.
-    group, _ = choice.split("=")
-    node = compose_node([choice])[group]
-    schema = GROUPS[group][node.name] if isinstance(GROUPS[group], dict) else GROUPS[group]
-    if choice != "logger=none":  # which has nothing to set
-        assert set(node) == {field.name for field in dataclasses.fields(schema)}
 
 
 def test_yaml_values_are_the_schemas_defaults_where_both_give_one() -> None:

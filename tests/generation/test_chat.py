@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -160,13 +160,14 @@ def test_a_state_of_another_brain_is_refused(tmp_path: Path) -> None:
     assert talk.state is None
 
 
-def test_the_script_names_a_missing_checkpoint(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, root / "scripts" / "chat.py", f"checkpoint={tmp_path / 'none'}"],
-        capture_output=True, text=True, cwd=root, env={"PYTHONPATH": str(root), "PATH": "", "OMP_NUM_THREADS": "1"},
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert len(done.stderr.splitlines()) == 1
+def test_the_script_names_a_missing_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Path(__file__).parents[2] / "scripts" / "chat.py"
+    monkeypatch.setattr(sys, "argv", [str(script), f"checkpoint={tmp_path / 'none'}"])
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_path(str(script), run_name="__main__")
+    assert leaving.value.code == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("error: ")

@@ -1,19 +1,13 @@
-"""What tests of fused kernels share: the measure of error, poisoned memory, and compilation in a process of its own.
-
-As a script it reads a JSON list of CompileCase from its input and writes what the compiler made of each.
-"""
+"""What tests of fused kernels share: the measure of error, poisoned memory, and what the compiler makes of a kernel."""
 
 import importlib
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from compiler import call_in_compiler
 from torch import Tensor
 
 from kernels.offline import SHARED_LIMITS
@@ -72,7 +66,7 @@ class CompileCase(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """Registers and stack bytes a thread, shared bytes a block, and the machine code."""
+    """Registers and stack bytes a thread, shared bytes a block, and the machine code if it was asked for."""
 
     registers: int
     stack_bytes: int
@@ -80,34 +74,28 @@ class Compiled(NamedTuple):
     machine_code: str
 
 
-def check_compiled(cases: list[CompileCase], capabilities: tuple[int, ...] = (89, 90)) -> list[Compiled]:
-    """Compile each case for every capability, case by case, in one new process, whose kernels are
-    defined with the interpreter off; assert that nothing spills and blocks fit into shared memory."""
-    run = subprocess.run(
-        [sys.executable, __file__],
-        input=json.dumps([case._asdict() | {"capabilities": capabilities} for case in cases]),
-        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    results = [Compiled(**entry) for entry in json.loads(run.stdout)]
+def check_compiled(
+    cases: list[CompileCase], capabilities: tuple[int, ...] = (89, 90), *, read_code: bool = False
+) -> list[Compiled]:
+    """Compile each case for every capability, case by case; assert that nothing spills and blocks fit into shared
+    memory. To read the machine code takes half a second a kernel."""
     targets = [(case, capability) for case in cases for capability in capabilities]
+    arguments = [(case._asdict(), capability) for case, capability in targets]
+    results = [Compiled(*entry) for entry in call_in_compiler("fused_checks", "compile_cases", arguments, read_code)]
     for (case, capability), compiled in zip(targets, results, strict=True):
         assert compiled.stack_bytes == 0, (case.kernel, capability)
         assert compiled.shared_bytes <= SHARED_LIMITS[capability], (case.kernel, capability)
     return results
 
 
-def _main() -> None:
+def compile_cases(targets: list[tuple[dict[str, Any], int]], read_code: bool) -> list[Compiled]:
+    """What check_compiled asks of the process that compiles."""
     import triton.language as tl
 
     from kernels.offline import compile_kernel
 
     results = []
-    for entry in json.load(sys.stdin):
-        capabilities = entry.pop("capabilities")
+    for entry, capability in targets:
         case = CompileCase(**entry)
         kernel = getattr(importlib.import_module(case.module), case.kernel)
         signature = {name: case.signature.get(name, "constexpr") for name in kernel.arg_names}
@@ -115,18 +103,14 @@ def _main() -> None:
             name: getattr(tl, value[3:]) if isinstance(value, str) and value.startswith("tl.") else value
             for name, value in case.constexprs.items()
         }
-        for capability in capabilities:
-            resources, machine_code = compile_kernel(
-                kernel,
-                signature,
-                constants,
-                capability=capability,
-                num_warps=case.num_warps,
-                num_stages=case.num_stages,
-            )
-            results.append(Compiled(*resources, machine_code)._asdict())
-    json.dump(results, sys.stdout)
-
-
-if __name__ == "__main__":
-    _main()
+        resources, machine_code = compile_kernel(
+            kernel,
+            signature,
+            constants,
+            capability=capability,
+            num_warps=case.num_warps,
+            num_stages=case.num_stages,
+            disassemble=read_code,
+        )
+        results.append(Compiled(*resources, machine_code))
+    return results

@@ -16,7 +16,7 @@ def test_gradients_of_either_precision_are_read_several_at_a_time():
     signature |= dict.fromkeys(("beta1", "beta2", "eps", "weight_decay"), "fp32")
     constants = {"BLOCK": 1024, "BLOCKS": 8, "HALF": "tl.bfloat16", "GRAD_HALF": "tl.bfloat16", "MOMENT": "tl.bfloat16"}
     case = CompileCase("kernels.adamw.fused", "adamw_kernel", signature, constants, 4)
-    (compiled,) = check_compiled([case], capabilities=(90,))
+    (compiled,) = check_compiled([case], capabilities=(90,), read_code=True)
     # Four float32, four bfloat16, and what is left of those.
     for copy in ("LDGSTS.E.BYPASS.128", "LDGSTS.E.64", "LDG.E.U16"):
         assert copy in compiled.machine_code, copy

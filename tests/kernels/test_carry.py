@@ -64,7 +64,8 @@ def test_what_the_launch_would_misread_is_refused():
 def test_compiles_without_spills():
     signature = {"table_ptr": "*i64", "block_ptr": "*i32"}
     compiled = check_compiled(
-        [CompileCase("kernels.carry.fused", "carry_kernel", signature, {"BLOCK": 1024, "PART": 4096}, 4)]
+        [CompileCase("kernels.carry.fused", "carry_kernel", signature, {"BLOCK": 1024, "PART": 4096}, 4)],
+        read_code=True,
     )
     # Four words at a time, and one at a time where the last four are not all there.
     for each in compiled:

@@ -75,6 +75,6 @@ def test_one_launch_has_no_spills_and_reads_through_descriptors(weight_dtype, in
     else:
         constants["partial_ptr"] = None
     case = CompileCase("kernels.decode.one_launch", "decode_one_launch_kernel", signature, constants, 8, 3)
-    (compiled,) = check_compiled([case], capabilities=(90,))
+    (compiled,) = check_compiled([case], capabilities=(90,), read_code=True)
     assert compiled.machine_code.count("HGMMA.64x256x16") == 12
     assert compiled.machine_code.count("UTMALDG") == 18

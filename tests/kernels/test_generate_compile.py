@@ -1,14 +1,9 @@
 """The generating launch as compiled for a GPU that need not be there: no spills, wide loads, enough room."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-PROGRAM = """
 import torch
+from compiler import call_in_compiler
+
 from kernels.generate.kernel import generate_kernel
 from kernels.generate.layout import BrainShape
 from kernels.generate.packet_kernel import packet_kernel
@@ -16,65 +11,65 @@ from kernels.generate.stream_kernel import stream_kernel
 from kernels.generate.tiles import choose_packets, choose_stream, choose_tiles
 from kernels.offline import SHARED_LIMITS, compile_kernel
 
-sizes = {{
+SIZES = {
     "base": BrainShape(1536, 128, 128, 4096, 50257, 1, 4, 1),
     "small": BrainShape(512, 64, 64, 1344, 257, 1, 4, 1),
     "nano": BrainShape(128, 64, 64, 320, 257, 1, 2, 1),
     "two widths": BrainShape(64, 32, 16, 192, 67, 1, 2, 2),  # of columns and heads, which the interpreter lets pass
-}}
-shape, lanes, dtype, capability, name = sizes["{size}"], {lanes}, torch.{dtype}, {capability}, "{name}"
-kernel = {{"packet": packet_kernel, "stream": stream_kernel, "generate": generate_kernel}}[name]
-if name == "packet":
-    tiles = choose_packets(shape, dtype, 132)
-    block = f"1,{{tiles.NH}},{{tiles.R}},{{tiles.NI}},{{tiles.KS}}"
-elif name == "stream":
-    tiles = choose_stream(shape, lanes, dtype, 132)
-    block = f"1,{{tiles.NB}},{{tiles.R}},{{tiles.KS}}"
-else:
-    tiles = choose_tiles(shape, lanes, dtype, 132)
-constants = dict(
-    D=shape.width, C=shape.column_width, N=shape.head_width, M=shape.mlp_width, V=shape.vocab_size, TAPS=4, GRADED=True,
-    DELTA=False, GO=True, THETA=0.5, BETA=0.5, RHO=0.95, EPS=1e-6, GREEDY=False, PENALTY=False, TOP_K=False,
-    TOP_P=False, MIN_P=False, BS=1, SINGLE=False, **tiles.constexprs(),
-)
-weight = "bf16" if dtype.itemsize == 2 else "fp32"
-types = dict.fromkeys(("p_ids", "p_stop", "p_lanes", "p_positions", "p_packets", "p_table"), "*i64")
-types |= dict.fromkeys(("p_embedding", "p_decoder", "p_matrices", "p_x_columns", "p_columns"), "*" + weight)
-types |= {{"p_lengths": "*i32", "p_candidate_id": "*i32", "p_seen": "*i8"}}
-if kernel is generate_kernel:
-    types["p_counter"] = "*i64"
-else:
-    types |= {{"p_counter": "*i32", "p_hidden": "*" + weight}}
-    types["d_tiles"] = f"tensordesc<{{weight}}[{{block}}]>"
-types |= dict.fromkeys(("temperature", "penalty", "top_p", "log_min_p"), "fp32") | dict.fromkeys(constants, "constexpr")
-signature = {{name: types.get(name, "*fp32" if name[:2] == "p_" else "i32") for name in kernel.arg_names}}
-used, code = compile_kernel(kernel, signature, constants, capability=capability, num_warps=tiles.num_warps)
-print(used)
-assert used.stack_bytes <= {stack}, used
-assert used.shared_bytes <= SHARED_LIMITS[capability], used
-if kernel is generate_kernel:
-    assert "LDGSTS.E.BYPASS.128" in code, "weights are not copied 16 bytes at a time"
-    assert "CCTL.E.PF2" in code, "nothing is prefetched"
-else:
-    assert code.count("UTMALDG") == tiles.STAGES * getattr(tiles, "U", 1), "the loop over tiles is not pipelined"
-    assert "LDGSTS" not in code, "a thread has copies in flight at a fence"
-if kernel is packet_kernel:
-    assert code.count("MEMBAR.ALL.GPU") == 1, "one barrier a token, before the draw"
-"""
+}
+KERNELS = {"packet": packet_kernel, "stream": stream_kernel, "generate": generate_kernel}
 
 
-def compile_launch(name: str, size: str, lanes: int, dtype: str, capability: int, stack: int = 0) -> None:
-    program = PROGRAM.format(name=name, size=size, lanes=lanes, dtype=dtype, capability=capability, stack=stack)
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=root, check=False
+def check_launch(name: str, size: str, lanes: int, dtype: str, capability: int, stack: int = 0) -> None:
+    stack_bytes, shared_bytes, num_tiles_ahead, code = call_in_compiler(
+        "test_generate_compile", "compile_launch", name, size, lanes, dtype, capability
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert stack_bytes <= stack
+    assert shared_bytes <= SHARED_LIMITS[capability]
+    if name == "generate":
+        assert "LDGSTS.E.BYPASS.128" in code, "weights are not copied 16 bytes at a time"
+        assert "CCTL.E.PF2" in code, "nothing is prefetched"
+    else:
+        assert code.count("UTMALDG") == num_tiles_ahead, "the loop over tiles is not pipelined"
+        assert "LDGSTS" not in code, "a thread has copies in flight at a fence"
+    if name == "packet":
+        assert code.count("MEMBAR.ALL.GPU") == 1, "one barrier a token, before the draw"
+
+
+def compile_launch(name: str, size: str, lanes: int, dtype_name: str, capability: int) -> tuple[int, int, int, str]:
+    """Bytes of stack and of shared memory, how many copies of tiles the loop has under way, and the machine code."""
+    kernel, shape, dtype = KERNELS[name], SIZES[size], getattr(torch, dtype_name)
+    if name == "packet":
+        tiles = choose_packets(shape, dtype, 132)
+        block = f"1,{tiles.NH},{tiles.R},{tiles.NI},{tiles.KS}"
+    elif name == "stream":
+        tiles = choose_stream(shape, lanes, dtype, 132)
+        block = f"1,{tiles.NB},{tiles.R},{tiles.KS}"
+    else:
+        tiles = choose_tiles(shape, lanes, dtype, 132)
+    flags = dict.fromkeys(("DELTA", "GREEDY", "PENALTY", "TOP_K", "TOP_P", "MIN_P", "SINGLE"), False)
+    constants = dict(
+        D=shape.width, C=shape.column_width, N=shape.head_width, M=shape.mlp_width, V=shape.vocab_size, TAPS=4,
+        GRADED=True, GO=True, THETA=0.5, BETA=0.5, RHO=0.95, EPS=1e-6, BS=1, **flags, **tiles.constexprs(),
+    )  # fmt: skip
+    weight = "bf16" if dtype.itemsize == 2 else "fp32"
+    types = dict.fromkeys(("p_ids", "p_stop", "p_lanes", "p_positions", "p_packets", "p_table"), "*i64")
+    types |= dict.fromkeys(("p_embedding", "p_decoder", "p_matrices", "p_x_columns", "p_columns"), "*" + weight)
+    types |= {"p_lengths": "*i32", "p_candidate_id": "*i32", "p_seen": "*i8"}
+    if name == "generate":
+        types["p_counter"] = "*i64"
+    else:
+        types |= {"p_counter": "*i32", "p_hidden": "*" + weight, "d_tiles": f"tensordesc<{weight}[{block}]>"}
+    types |= dict.fromkeys(("temperature", "penalty", "top_p", "log_min_p"), "fp32")
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "*fp32" if name[:2] == "p_" else "i32") for name in kernel.arg_names}
+    used, code = compile_kernel(kernel, signature, constants, capability=capability, num_warps=tiles.num_warps)
+    num_tiles_ahead = 0 if name == "generate" else tiles.STAGES * getattr(tiles, "U", 1)
+    return used.stack_bytes, used.shared_bytes, num_tiles_ahead, code
 
 
 def test_the_launch_compiles_for_an_h200() -> None:
-    compile_launch("packet", "small", 1, "bfloat16", 90)
+    check_launch("packet", "small", 1, "bfloat16", 90)
 
 
 @pytest.mark.slow
@@ -92,4 +87,4 @@ def test_the_launch_compiles_for_an_h200() -> None:
 )
 def test_other_sizes_compile(name: str, size: str, lanes: int, dtype: str, capability: int) -> None:
     # Numbers that live through a whole token may be put aside, some 80 words; a spilled tile would take thousands.
-    compile_launch(name, size, lanes, dtype, capability, stack=320)
+    check_launch(name, size, lanes, dtype, capability, stack=320)

@@ -1,15 +1,11 @@
 """The memory's kernels compile for GPUs that are not there, without spilling and within their shared memory."""
 
-import json
-import os
-import subprocess
-import sys
+import inspect
 
 import pytest
-
-PROGRAM = """
-import inspect, json, sys
 import torch
+from compiler import call_in_compiler
+
 from kernels.memory import chunk_backward, chunk_forward, chunk_gradient, chunk_parallel
 from kernels.memory.launch_table import launch_table, parallel_table
 from kernels.offline import compile_kernel
@@ -28,8 +24,45 @@ KERNELS = {
     "parallel_gradient": chunk_gradient.memory_gradient_kernel,
 }
 
+Case = tuple[str, int, str, int, bool]
+# Bytes a thread that go to the stack, of programs of two to nine thousand instructions: where a limit on registers lets
+# another program run beside one, or where a program holds a whole head of 128.
+STACK_ALLOWED = {
+    ("forward", 90, "bfloat16", 64, True): 256,
+    ("forward", 90, "bfloat16", 128, False): 128,
+    ("forward", 90, "bfloat16", 128, True): 640,
+    ("recompute", 90, "bfloat16", 128, False): 128,
+    ("recompute", 90, "bfloat16", 128, True): 64,
+    ("state_gradient", 90, "bfloat16", 128, False): 160,
+    ("state_gradient", 90, "bfloat16", 128, True): 384,
+    ("gradient", 90, "bfloat16", 64, False): 256,
+    ("parallel_gradient", 90, "bfloat16", 128, False): 64,
+    ("gradient", 90, "bfloat16", 128, False): 384,
+    ("gradient", 90, "bfloat16", 128, True): 512,
+}
+SHARED = {89: 99 * 1024, 90: 227 * 1024}
 
-def resources(name, capability, dtype, width, delta):
+
+def check(cases: list[Case]) -> None:
+    results = call_in_compiler("test_memory_compile", "compile_cases", cases)
+    for case, result in zip(cases, results, strict=True):
+        _, stack, shared, num_wgmma, num_wide_loads = result
+        name, capability, dtype, width, _ = case
+        assert shared <= SHARED[capability], (case, shared)
+        assert stack <= STACK_ALLOWED.get(case, 16), (case, stack)
+        if dtype == "bfloat16" and width >= 64:
+            assert num_wide_loads > 0, case
+            assert num_wgmma > 0 or capability != 90 or name in ("inverse", "parallel_walk"), case
+
+
+def compile_cases(cases: list[Case]) -> list[list[int]]:
+    """What `check` asks of the process that compiles."""
+    return [compile_case(*case) for case in cases]
+
+
+def compile_case(name: str, capability: int, dtype_name: str, width: int, delta: bool) -> list[int]:
+    """Registers, stack bytes, shared bytes, and how many warp-group products and loads of 16 bytes there are."""
+    dtype = getattr(torch, dtype_name)
     table = launch_table(dtype, width, delta=delta, large_shared=capability == 90)
     if name.startswith("parallel_"):
         parallel = parallel_table(width, large_shared=capability == 90)
@@ -53,7 +86,8 @@ def resources(name, capability, dtype, width, delta):
     if name in ("parallel_sum", "parallel_output"):
         del constants["DELTA"]
     pointer = "*fp32" if dtype == torch.float32 else "*bf16"
-    signature, aligned = {}, []
+    signature: dict[str, str] = {}
+    aligned = []
     for argument in inspect.signature(kernel.fn).parameters:
         if argument in constants:
             signature[argument] = "constexpr"
@@ -74,44 +108,6 @@ def resources(name, capability, dtype, width, delta):
         divisible=aligned,
     )
     return [*used, code.count("HGMMA"), code.count("LDG.E.128") + code.count("LDGSTS.E.BYPASS.128")]
-
-
-cases = json.loads(sys.argv[1])
-print(json.dumps([resources(n, c, getattr(torch, d), w, r) for n, c, d, w, r in cases]))
-"""
-
-Case = tuple[str, int, str, int, bool]
-# Bytes a thread that go to the stack, of programs of two to nine thousand instructions: where a limit on registers lets
-# another program run beside one, or where a program holds a whole head of 128.
-STACK_ALLOWED = {
-    ("forward", 90, "bfloat16", 64, True): 256,
-    ("forward", 90, "bfloat16", 128, False): 128,
-    ("forward", 90, "bfloat16", 128, True): 640,
-    ("recompute", 90, "bfloat16", 128, False): 128,
-    ("recompute", 90, "bfloat16", 128, True): 64,
-    ("state_gradient", 90, "bfloat16", 128, False): 160,
-    ("state_gradient", 90, "bfloat16", 128, True): 384,
-    ("gradient", 90, "bfloat16", 64, False): 256,
-    ("parallel_gradient", 90, "bfloat16", 128, False): 64,
-    ("gradient", 90, "bfloat16", 128, False): 384,
-    ("gradient", 90, "bfloat16", 128, True): 512,
-}
-SHARED = {89: 99 * 1024, 90: 227 * 1024}
-
-
-def check(cases: list[Case]) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-c", PROGRAM, json.dumps(cases)]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    for case, result in zip(cases, json.loads(finished.stdout), strict=True):
-        _, stack, shared, num_wgmma, num_wide_loads = result
-        name, capability, dtype, width, _ = case
-        assert shared <= SHARED[capability], (case, shared)
-        assert stack <= STACK_ALLOWED.get(case, 16), (case, stack)
-        if dtype == "bfloat16" and width >= 64:
-            assert num_wide_loads > 0, case
-            assert num_wgmma > 0 or capability != 90 or name in ("inverse", "parallel_walk"), case
 
 
 def test_widest_heads_do_not_spill() -> None:

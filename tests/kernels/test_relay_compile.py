@@ -64,6 +64,6 @@ def test_no_spills():
             8,
         ),
     ]
-    for compiled in check_compiled(cases):
+    for compiled in check_compiled(cases, read_code=True):
         assert "ATOM" not in compiled.machine_code
         assert "RED." not in compiled.machine_code

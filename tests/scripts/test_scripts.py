@@ -272,9 +272,12 @@ def test_ctrl_c_while_importing_is_no_traceback(script: str, tmp_path: Path) -> 
     (tmp_path / "neurogen" / "__init__.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, str(ROOT / "scripts" / script)]
-    with subprocess.Popen(
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, as do its own
+    process = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    )
+    signal.signal(signal.SIGINT, ours)
+    with process:
         assert process.stdout is not None
         assert process.stdout.readline() == "importing\n"
         process.send_signal(signal.SIGINT)

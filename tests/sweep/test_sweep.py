@@ -24,9 +24,17 @@ ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = str(Path(__file__).with_name("stand_in.py"))
 
 
+@pytest.fixture
+def plots() -> bool:
+    return False
+
+
 @pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plots: bool) -> None:
+    """A summary's plot takes longer than the jobs: one test draws it."""
     monkeypatch.chdir(tmp_path)
+    if not plots:
+        monkeypatch.setattr("neurogen.sweep.summary._plot", lambda *args: None)
 
 
 def sweep(*words: str) -> int:
@@ -41,6 +49,7 @@ def calls() -> int:
     return sum(len(path.read_text()) for path in Path("s").glob("*/calls"))
 
 
+@pytest.mark.parametrize("plots", [True])
 def test_a_grid_runs_every_combination_once_and_sums_up() -> None:
     assert sweep("optimizer.lr=0.1,0.4", "model=nano,small") == 0
     jobs = summary()

@@ -1,11 +1,14 @@
 """A program the crash tests run: it saves checkpoints and dies, or meets a full disk, where it is told to.
 
-    python checkpoint_faults.py stages FOLDER     kill a child (SIGKILL) at each stage of saving; a JSON line a case
-    python checkpoint_faults.py moments FOLDER N  kill N saving children after a random time each; the same
-    python checkpoint_faults.py limit FOLDER      save into a file size limit; print a JSON line
-    python checkpoint_faults.py fill FOLDER       save until the disk is full; print a JSON line
+    python checkpoint_faults.py KIND FOLDER [KIND FOLDER]...
 
-The children are forked from a process that has one thread and torch imported: a case costs milliseconds, not seconds.
+    stages FOLDER      kill a child (SIGKILL) at each stage of saving; a report a case
+    moments FOLDER N   kill N saving children after a random time each; the same
+    limit FOLDER       save into a limit on a file's size, which stays: the last to be named
+    fill FOLDER        save until the disk is full
+
+Each report is a line of JSON with its kind. The children are forked from a process that has one thread and torch
+imported: a case costs milliseconds, not seconds.
 """
 
 import itertools
@@ -50,6 +53,10 @@ def save(folder: Path, step: int, mark: int = 0) -> Path:
     )
 
 
+def report(kind: str, **facts: object) -> None:
+    print(json.dumps({"kind": kind, **facts}), flush=True)  # or a forked child would print it too
+
+
 def kill_at_every_stage(root: Path) -> None:
     """Two cases a stage: saving step 3 after steps 1 and 2, and saving step 2 anew with another mark."""
     stages: list[str] = []
@@ -70,7 +77,7 @@ def kill_at_every_stage(root: Path) -> None:
                 save(folder, step, mark)
                 os._exit(0)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            print(json.dumps({"folder": str(folder), "stage": stage, "step": step, "mark": mark, "status": status}))
+            report("stages", folder=str(folder), stage=stage, step=step, mark=mark, status=status)
 
 
 def kill_at_random_moments(root: Path, num_kills: int) -> None:
@@ -92,7 +99,7 @@ def kill_at_random_moments(root: Path, num_kills: int) -> None:
         while count := len(os.read(receive, 4096)):
             acknowledged += count
         os.close(receive)
-        print(json.dumps({"folder": str(folder), "acknowledged": acknowledged}))
+        report("moments", folder=str(folder), acknowledged=acknowledged)
 
 
 def save_into_a_limit(folder: Path) -> None:
@@ -101,9 +108,9 @@ def save_into_a_limit(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
     try:
         save(folder, 2)
-        print(json.dumps({"error": None}))
+        report("limit", folder=str(folder), error=None)
     except CheckpointNotSaved as error:
-        print(json.dumps({"error": str(error), "errno": error.errno}))
+        report("limit", folder=str(folder), error=str(error), errno=error.errno)
 
 
 def save_until_full(folder: Path) -> None:
@@ -114,21 +121,22 @@ def save_until_full(folder: Path) -> None:
             save_checkpoint(folder, step=step, model_tensors=tensors, keep_last=None)
         except CheckpointNotSaved as error:
             newest = checkpoint.load_checkpoint(folder)
-            report = {"errno": error.errno, "failed": step, "newest": newest.step}
-            report["weight"] = newest.model_tensors["weight"].unique().tolist()
-            report["names"] = sorted(path.name for path in folder.iterdir())
-            print(json.dumps(report))
+            facts = {"weight": newest.model_tensors["weight"].unique().tolist(), "newest": newest.step}
+            facts["names"] = sorted(path.name for path in folder.iterdir())
+            report("fill", errno=error.errno, failed=step, **facts)
             return
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    command, root = sys.argv[1], Path(sys.argv[2])
-    if command == "stages":
-        kill_at_every_stage(root)
-    elif command == "moments":
-        kill_at_random_moments(root, int(sys.argv[3]))
-    elif command == "fill":
-        save_until_full(root)
-    else:
-        save_into_a_limit(root)
+    words = iter(sys.argv[1:])
+    for kind, folder in zip(words, map(Path, words)):
+        checkpoint.reached = checkpoint._no_fault
+        if kind == "stages":
+            kill_at_every_stage(folder)
+        elif kind == "moments":
+            kill_at_random_moments(folder, int(next(words)))
+        elif kind == "limit":
+            save_into_a_limit(folder)
+        else:
+            save_until_full(folder)

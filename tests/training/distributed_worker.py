@@ -1,12 +1,14 @@
 """One of two processes of tests/training/test_distributed.py: several runs, one process group after the other.
 
-The run named signal gets a SIGTERM in its first step, in the second process only.
+The run named signal gets a SIGTERM in its first step, in the second process only; the one named sharded_rest continues
+a copy of sharded_half.
 
 Arguments: a folder to work in, and for each run a port and the file of its overrides (a JSON list).
 """
 
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -38,6 +40,8 @@ for job in sys.argv[2:]:
         overrides = json.load(file)
     if name == "signal" and os.environ["RANK"] == "1":
         Update.__call__ = signalled
+    if name == "sharded_rest" and os.environ["RANK"] == "0":
+        shutil.copytree("sharded_half", "sharded_copy")
     try:
         code = train(compose_config(overrides))
         outcome = f"code {code}"

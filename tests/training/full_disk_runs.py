@@ -1,14 +1,18 @@
 """A program the full-disk tests run: training whose disk is filled before a step and, perhaps, freed before another.
 
-    python full_disk_runs.py FOLDER FILL FREE OVERRIDES...
+    python full_disk_runs.py FOLDER CASES OVERRIDES...
 
-FOLDER is a small file system of its own: it holds the run `run`, and when the run has ended a run `resumed` that is the
-same once there is room. Prints one JSON line of what came of both, since the file system is gone with this process.
+FOLDER is a small file system of its own, and CASES a JSON object that has for each name [the step to fill it before,
+the step to free it before, trainer.on_save_failure]. One case after the other is the run `run` and, when that has ended
+and there is room again, the same run resumed. Prints one JSON line of what came of each, since the file system is gone
+with this process.
 """
 
 import contextlib
+import io
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -75,18 +79,29 @@ def run(overrides: list[str]) -> dict[str, Any]:
     }
 
 
+def run_twice(overrides: list[str], fill_before: int, free_before: int) -> dict[str, Any]:
+    """What came of the run, of the same run resumed, and what both said."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        call, Update.__call__ = Update.__call__, filling(fill_before, free_before)  # type: ignore[method-assign]
+        first = run([*overrides, "run_dir=run"])
+        BALLAST.unlink(missing_ok=True)
+        Update.__call__ = call  # type: ignore[method-assign]
+        resumed = run([*overrides, "resume=run"])
+    shutil.rmtree("run")
+    return {"first": first, "resumed": resumed, "said": said.getvalue()}
+
+
 def main() -> None:
-    folder, fill_before, free_before, *overrides = sys.argv[1:]
+    folder, cases, *overrides = sys.argv[1:]
     torch.set_num_threads(1)
     os.chdir(folder)
     recorder.plot_run = lambda path: []
     Path("notes.txt").write_text("".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(99)))
-    call, Update.__call__ = Update.__call__, filling(int(fill_before), int(free_before))  # type: ignore[method-assign]
-    report = {"first": run([*overrides, "run_dir=run"])}
-    BALLAST.unlink(missing_ok=True)
-    Update.__call__ = call  # type: ignore[method-assign]
-    report["resumed"] = run([*overrides, "resume=run"])
-    print(json.dumps(report))
+    reports = {}
+    for name, (fill_before, free_before, policy) in json.loads(cases).items():
+        words = [*overrides, f"trainer.on_save_failure={policy}"]
+        reports[name] = run_twice(words, fill_before, free_before)
+    print(json.dumps(reports))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # which an optimizer imports at its first step, in every child anew
 
 from neurogen.config.compose import compose_config
 from neurogen.training import checkpoint, recorder, run

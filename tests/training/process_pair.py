@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -13,13 +15,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def free_ports(count: int) -> list[int]:
-    held = [socket.socket() for _ in range(count)]
-    for each in held:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in held]
-    for each in held:
-        each.close()
-    return ports
+    """Ports to listen on later: below those the system hands out, which connections made until then could be given."""
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(range(10_000, 32_768), 1000):  # tests seed the other generators
+        with contextlib.suppress(OSError), socket.socket() as held:
+            held.bind(("127.0.0.1", port))
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise OSError("no free ports")
 
 
 def run_pair(script: Path, *arguments: str, environment: Mapping[str, str], timeout: float = 200) -> list[str]:

@@ -23,7 +23,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.jo
 
 
 def run(*arguments: object, wrapper: tuple[str, ...] = ()) -> list[dict]:
-    """Run the program that dies, or not, as told; return what it reports."""
+    """Run the program that dies, or not, as told; return its reports."""
     command = [*wrapper, sys.executable, str(PROGRAM), *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -41,8 +41,15 @@ def assert_whole(folder: Path, *, step: int, mark: int = 0) -> None:
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    return run("stages", tmp_path_factory.mktemp("stages"))
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """Of every kind that needs no file system of its own, from one process."""
+    folder = tmp_path_factory.mktemp("faults")
+    return run("stages", folder / "stages", "moments", folder / "moments", 12, "limit", folder / "limit")
+
+
+@pytest.fixture
+def killed(reports: list[dict]) -> list[dict]:
+    return [case for case in reports if case["kind"] == "stages"]
 
 
 def test_kill_at_every_stage_leaves_the_newest_complete_checkpoint(killed: list[dict]) -> None:
@@ -72,22 +79,33 @@ def test_saving_goes_on_after_every_kill_and_sweeps_up(killed: list[dict]) -> No
         assert len(list_checkpoints(folder)) == checkpoint_faults.KEEP_LAST
 
 
-@pytest.mark.parametrize("num_kills", [12, pytest.param(500, marks=pytest.mark.slow)])
-def test_kill_at_random_moments_loses_nothing_that_was_saved(tmp_path: Path, num_kills: int) -> None:
-    cases = run("moments", tmp_path, num_kills)
-    assert len(cases) == num_kills
+def assert_nothing_lost(cases: list[dict]) -> None:
     for case in cases:
         newest = load_checkpoint(case["folder"]).step
         assert newest in (case["acknowledged"], case["acknowledged"] + 1)
         assert_whole(Path(case["folder"]), step=newest)
 
 
-def test_a_real_write_error_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
-    (report,) = run("limit", tmp_path)
+def test_kill_at_random_moments_loses_nothing_that_was_saved(reports: list[dict]) -> None:
+    cases = [case for case in reports if case["kind"] == "moments"]
+    assert len(cases) == 12
+    assert_nothing_lost(cases)
+
+
+@pytest.mark.slow
+def test_kill_at_many_moments(tmp_path: Path) -> None:
+    cases = run("moments", tmp_path, 500)
+    assert len(cases) == 500
+    assert_nothing_lost(cases)
+
+
+def test_a_real_write_error_leaves_the_last_good_checkpoint(reports: list[dict]) -> None:
+    (report,) = [case for case in reports if case["kind"] == "limit"]
     assert report["errno"] == errno.EFBIG
     assert "step 2 not saved" in report["error"]
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    assert_whole(tmp_path, step=1)
+    folder = Path(report["folder"])
+    assert [path.name for path in folder.iterdir()] == ["step-00000001"]
+    assert_whole(folder, step=1)
 
 
 def test_a_file_system_that_is_really_full(tmp_path: Path) -> None:

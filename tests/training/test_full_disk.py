@@ -28,22 +28,29 @@ BASE = [
     "trainer.sample_tokens=2",
 ]  # fmt: skip
 NEVER = 1000
-
-
-def run_on_a_full_disk(folder: Path, *, fill: int, free: int, policy: str) -> dict[str, Any]:
-    folder.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment["NEUROGEN_CACHE"] = str(folder / "cache")
-    command = [*small_file_system.mounted_on(folder, megabytes=8), sys.executable, full_disk_runs.__file__]
-    words = [str(folder), str(fill), str(free), *BASE, f"trainer.on_save_failure={policy}"]
-    done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout) | {"said": done.stderr}
+CASES = {  # the steps to fill the disk before and to free it before, and what to do about it
+    "undisturbed": (NEVER, NEVER, "stop"),
+    "freed": (3, 6, "continue"),
+    "full to the end": (3, NEVER, "continue"),
+    "stopping": (3, NEVER, "stop"),
+}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_on_a_full_disk(tmp_path_factory.mktemp("disk") / "d", fill=NEVER, free=NEVER, policy="stop")["first"]
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("disk")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment["NEUROGEN_CACHE"] = str(folder / "cache")
+    command = [*small_file_system.mounted_on(folder, megabytes=8), sys.executable, full_disk_runs.__file__]
+    words = [str(folder), json.dumps(CASES), *BASE]
+    done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def undisturbed(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return reports["undisturbed"]["first"]
 
 
 def assert_ends_as(report: dict[str, Any], undisturbed: dict[str, Any]) -> None:
@@ -55,8 +62,8 @@ def assert_ends_as(report: dict[str, Any], undisturbed: dict[str, Any]) -> None:
     assert [step for step, _ in losses[0]] == list(range(1, 9))
 
 
-def test_room_again_before_the_end(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
-    report = run_on_a_full_disk(tmp_path / "d", fill=3, free=6, policy="continue")
+def test_room_again_before_the_end(reports: dict[str, dict[str, Any]], undisturbed: dict[str, Any]) -> None:
+    report = reports["freed"]
     assert_ends_as(report["first"], undisturbed)
     assert report["first"]["checkpoints"] == report["first"]["leftovers"]
     assert report["first"]["checkpoints"][-1] == "step-00000008"
@@ -65,16 +72,16 @@ def test_room_again_before_the_end(tmp_path: Path, undisturbed: dict[str, Any]) 
     assert "checkpoint of step 4 not saved: No space left on device" in report["said"]
 
 
-def test_no_room_to_the_end(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
-    report = run_on_a_full_disk(tmp_path / "d", fill=3, free=NEVER, policy="continue")
+def test_no_room_to_the_end(reports: dict[str, dict[str, Any]], undisturbed: dict[str, Any]) -> None:
+    report = reports["full to the end"]
     assert report["first"]["checkpoints"] == report["first"]["leftovers"] == ["step-00000002"]
     assert "checkpoint of step 8 not saved: No space left on device" in report["first"]["outcome"]
     assert "step-00000002 is the last good one: free some space, then resume=run" in report["first"]["outcome"]
     assert_ends_as(report["resumed"], undisturbed)
 
 
-def test_stopping_without_room(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
-    report = run_on_a_full_disk(tmp_path / "d", fill=3, free=NEVER, policy="stop")
+def test_stopping_without_room(reports: dict[str, dict[str, Any]], undisturbed: dict[str, Any]) -> None:
+    report = reports["stopping"]
     assert report["first"]["checkpoints"] == report["first"]["leftovers"] == ["step-00000002"]
     assert "step-00000002 is the last good one" in report["first"]["outcome"]
     assert "checkpoint of step 8" not in report["said"]

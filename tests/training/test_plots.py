@@ -12,7 +12,7 @@ from matplotlib.image import imread
 
 from neurogen.errors import UserError
 from neurogen.training.metrics import MetricsWriter
-from neurogen.training.plots import curve, plot_run, smooth
+from neurogen.training.plots import curve, main, plot_run, smooth
 from neurogen.training.run_directory import RunDirectory
 
 
@@ -71,7 +71,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
         plot_run(tmp_path / "run")
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     with RunDirectory.create(run, config={}) as created, MetricsWriter(created.metrics_path) as writer:
         writer.write({"val/bpb": 2.0}, step=1, tokens=1, seconds=1)
@@ -80,10 +80,11 @@ def test_the_command(tmp_path: Path) -> None:
     done = subprocess.run([*command, str(run)], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [str(run / "plots" / "bits_per_byte.png")]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["plots", str(tmp_path)])
+    assert main() == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("error: ")
 
 
 def test_curve_takes_the_rows_that_have_the_metric() -> None:
