@@ -16,7 +16,7 @@ from neurogen.generation import Generation, generate
 from neurogen.generation.prompts import GROUP_LANES, Prompts, generate_prompts
 from neurogen.generation.request import make_sampling
 from neurogen.generation.stream import generate_stream
-from neurogen.modes import make_mode
+from neurogen.modes import check_dropout_runs, make_mode
 from neurogen.probes import stage
 
 
@@ -98,13 +98,15 @@ class NeuroGen(nn.Module):
             target_ids: `[B, T]` int64; -100 counts for nothing. If given, there is a loss and there are no logits.
 
         Raises:
-            UserError: shapes do not fit.
+            UserError: shapes do not fit, or the model is in training mode with dropout and the mode trains without.
         """
         self._check_shapes(input_ids, document_start, target_ids)
         if state is None:
             state = self.init_state(input_ids.shape[0])
         elif state.lanes != input_ids.shape[0]:
             raise UserError(f"the state has {state.lanes} lanes and input_ids {input_ids.shape[0]}; make them equal")
+        if self.training:
+            check_dropout_runs(self.mode.name, self.config.dropout)
         out = self.mode.sequence(self.brain, self.embedding, input_ids, state, document_start)
         counts = stack_activity(out.activity) if out.activity else None
         health = health_metrics(out, counts, backend=self.mode.backend)

@@ -14,6 +14,7 @@ from kernels.relay import NO_TOKEN
 from kernels.sample import sample_logits
 from neurogen.brain import BrainState
 from neurogen.brain.config import NUM_TAPS
+from neurogen.brain.dropout import evaluating
 from neurogen.brain.state import LayerState
 from neurogen.errors import UserError
 from neurogen.generation import Generation
@@ -134,9 +135,9 @@ class Baseline(nn.Module):
         )
         ids = input_ids.to(self.device, torch.int64)
         stop_ids = check_stop(stop, self.vocab_size)
-        return self._continue(
-            Request(ids, max_new_tokens, sampling, seed, stop_ids, self.init_state(ids.shape[0])),
-        )
+        request = Request(ids, max_new_tokens, sampling, seed, stop_ids, self.init_state(ids.shape[0]))
+        with evaluating(self):
+            return self._continue(request)
 
     def _continue(self, request: Request) -> Generation:
         state, text = request.state, request.input_ids

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from neurogen.brain.dropout import check_dropout
 from neurogen.errors import UserError
 
 
@@ -15,6 +16,8 @@ class GPTConfig:
         head_width: divides D; even, since rotary positions turn pairs of channels.
         mlp_ratio: hidden width of SwiGLU over D, rounded to a multiple of 64.
         norm_eps: added to mean squares.
+        dropout: share left out, in training alone, of the embedding, of attention's weights and of what each attention
+            and each SwiGLU adds, in [0, 1), as nanoGPT has it.
         compile: whether torch.compile runs it on a GPU; on a CPU it never does.
     """
 
@@ -23,6 +26,7 @@ class GPTConfig:
     head_width: int = 64
     mlp_ratio: float = 8 / 3
     norm_eps: float = 1e-6
+    dropout: float = 0.0
     compile: bool = True
     name: str = "gpt"
 
@@ -34,6 +38,7 @@ class GPTConfig:
                 f"model.head_width is {self.head_width}; it must be even and divide model.embedding_dim = "
                 f"{self.embedding_dim}"
             )
+        check_dropout(self.dropout)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from kernels.segments import segment_index
 from neurogen.baselines.base import Baseline
 from neurogen.baselines.config import GPTConfig
 from neurogen.brain import BrainState
+from neurogen.brain.dropout import Dropout
 from neurogen.brain.state import LayerState
 from neurogen.model import Output
 
@@ -38,6 +39,7 @@ class GPT(Baseline):
         self.mask_documents = mask_documents
         self.context = context
         self.embedding = nn.Embedding(vocab_size, config.embedding_dim)
+        self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(GPTLayer(config) for _ in range(config.num_layers))
         self.decoder = nn.Linear(config.embedding_dim, vocab_size, bias=False)
         nn.init.zeros_(self.decoder.weight)
@@ -67,7 +69,7 @@ class GPT(Baseline):
         if document_start is not None:
             segment = segment_index(document_start)
             mask = (segment[:, None, :, None] == segment[:, None, None, :]).tril()
-        x = rms(self.embedding(input_ids), eps)
+        x = self.dropout(rms(self.embedding(input_ids), eps))
         rotation = rotary_angles(input_ids.shape[1], self.config.head_width, x.device)
         for layer in self.layers:
             x = layer(x, rotation, mask)
@@ -97,13 +99,21 @@ class GPTLayer(nn.Module):
         self.attention_out = nn.Linear(width, width, bias=False)
         self.mlp_in = nn.Linear(width, 2 * hidden, bias=False)
         self.mlp_out = nn.Linear(hidden, width, bias=False)
+        self.dropout = Dropout(config.dropout)
         nn.init.zeros_(self.attention_out.weight)
         nn.init.zeros_(self.mlp_out.weight)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         query, key, value = self.heads(x, rotation)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
-        return self.feed_forward(x + self.attention_out(attended.transpose(1, 2).flatten(-2)))
+        attended = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout.p if self.training else 0.0,
+            is_causal=mask is None,
+        )
+        return self.feed_forward(x + self.dropout(self.attention_out(attended.transpose(1, 2).flatten(-2))))
 
     def heads(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, `[B, H, T, N]` each, of x `[B, T, D]`."""
@@ -115,7 +125,7 @@ class GPTLayer(nn.Module):
     def feed_forward(self, x: Tensor) -> Tensor:
         """x and what the SwiGLU adds to it."""
         up, gate = self.mlp_in(rms(x, self.config.norm_eps)).chunk(2, dim=-1)
-        return x + self.mlp_out(F.silu(gate) * up)
+        return x + self.dropout(self.mlp_out(F.silu(gate) * up))
 
 
 def rms(x: Tensor, eps: float) -> Tensor:

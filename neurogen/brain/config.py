@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from kernels.cortex import SPIKES
 from kernels.memory import RULES
+from neurogen.brain.dropout import MASKS, check_dropout
 from neurogen.errors import UserError
 
 NUM_TAPS = 4
@@ -35,6 +36,9 @@ class BrainConfig:
         norm_eps: added to mean squares and squared norms, > 0; not tiny, for the gradient of a norm is up to
             1/sqrt(norm_eps), and a column in which hardly a neuron fires comes near it.
         chunk_size: tokens the memory solves at once, >= 1; a cost, not a meaning.
+        dropout: share of numbers left out, in training alone, of the relay's output and of what each circuit and each
+            SwiGLU adds to the workspace, in [0, 1). What is carried from token to token is never left out.
+        dropout_mask: `token` or `sequence`, see `neurogen.brain.dropout`.
         name: what the configuration calls this kind of model.
     """
 
@@ -60,6 +64,8 @@ class BrainConfig:
     mlp_ratio: float = 8 / 3
     norm_eps: float = 1e-3
     chunk_size: int = 64
+    dropout: float = 0.0
+    dropout_mask: str = "token"
     name: str = "brain"
 
     def __post_init__(self) -> None:
@@ -75,7 +81,7 @@ class BrainConfig:
         for name in ("wernicke_depth", "hippocampus_depth", "pfc_depth", "broca_depth"):
             if getattr(self, name) < 0:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be 0 or more")
-        for name, choices in (("spike", SPIKES), ("memory_rule", RULES)):
+        for name, choices in (("spike", SPIKES), ("memory_rule", RULES), ("dropout_mask", MASKS)):
             if getattr(self, name) not in choices:
                 raise UserError(f"model.{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
         if self.token_shift not in TOKEN_SHIFTS:
@@ -94,6 +100,7 @@ class BrainConfig:
         for name in ("mlp_ratio", "norm_eps"):
             if getattr(self, name) <= 0:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be above 0")
+        check_dropout(self.dropout)
 
     @property
     def num_columns(self) -> int:

@@ -20,6 +20,7 @@ from kernels.mlp import mlp
 from kernels.norm import add_norm
 from kernels.relay import relay
 from neurogen.brain.config import NUM_TAPS, BrainConfig
+from neurogen.brain.dropout import Dropout
 from neurogen.brain.state import MemoryState, ShiftedMemoryState
 from neurogen.brain.token_shift import TokenShift
 
@@ -52,12 +53,14 @@ class Thalamus(nn.Module):
         self.taps = nn.Parameter(torch.zeros(NUM_TAPS, config.embedding_dim))
         with torch.no_grad():
             self.taps[0] = 1.0
+        self.dropout = Dropout(config.dropout, config.dropout_mask)
 
     def forward(
         self, input_ids: Tensor, embedding: Tensor, recent_ids: Tensor, document_start: Tensor | None, backend: str
     ) -> tuple[Tensor, Tensor]:
         """Ids `[B, T]` to the workspace `[B, T, D]` and the ids to carry on."""
-        return relay(input_ids, embedding, self.taps, recent_ids, document_start, eps=self.eps, backend=backend)
+        x, carried = relay(input_ids, embedding, self.taps, recent_ids, document_start, eps=self.eps, backend=backend)
+        return self.dropout(x), carried
 
 
 class SwiGLU(nn.Module):
@@ -100,6 +103,7 @@ class CortexLayer(nn.Module):
         self.drive_bias = nn.Parameter(config.initial_voltage / gain)
         self.out_proj = zero_linear(width, width)
         self.mlp = SwiGLU(config)
+        self.dropout = Dropout(config.dropout, config.dropout_mask)
         self.rounded_weights = (RoundedWeights(), RoundedWeights())
 
     def init_state(self, lanes: int) -> CortexState:
@@ -149,9 +153,10 @@ class CortexLayer(nn.Module):
             rounded=self.rounded_weights,
             backend=backend,
         )
-        x, h = add_norm(x, out.written, eps=config.norm_eps, out_dtype=activation_dtype(x), backend=backend)
+        written = self.dropout(out.written)
+        x, h = add_norm(x, written, eps=config.norm_eps, out_dtype=activation_dtype(x), backend=backend)
         activity = Activity(out.num_fired, out.num_saturated, x.shape[0] * x.shape[1])
-        return x, self.mlp(h, backend), out.state, activity
+        return x, self.dropout(self.mlp(h, backend)), out.state, activity
 
 
 def _decay_logits(width: int) -> Tensor:
@@ -178,6 +183,7 @@ class MemoryLayer(nn.Module):
             nn.init.zeros_(self.write.bias)
         self.out_proj = zero_linear(width, width)
         self.mlp = SwiGLU(config)
+        self.dropout = Dropout(config.dropout, config.dropout_mask)
         self.rounded_weights = (RoundedWeights(), RoundedWeights())
 
     def init_state(self, lanes: int) -> MemoryState | ShiftedMemoryState:
@@ -218,9 +224,10 @@ class MemoryLayer(nn.Module):
             rounded=self.rounded_weights,
             backend=backend,
         )
+        written = self.dropout(written)
         x, h = add_norm(x, written, eps=config.norm_eps, out_dtype=activation_dtype(x), backend=backend)
         after = MemoryState(fast_weight) if recent is None else ShiftedMemoryState(fast_weight, recent)
-        return x, self.mlp(h, backend), after
+        return x, self.dropout(self.mlp(h, backend)), after
 
 
 def _forget_logits(num_heads: int, half_lives: tuple[float, float]) -> Tensor:

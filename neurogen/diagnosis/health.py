@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neurogen.brain.dropout import evaluating
 from neurogen.brain.regions import CortexLayer, MemoryLayer
 from neurogen.data import Batch, TokenStream
 from neurogen.data.batches import expand
@@ -81,7 +82,7 @@ def measure_health(model: LanguageModel, stream: TokenStream, *, lanes: int, win
         lanes, window: those of training. The loss is followed over 16 windows, or over one where the model carries
             nothing from window to window; gradients over one, of at most 512 tokens.
     """
-    with _quick_mode(model):
+    with evaluating(model), _quick_mode(model):
         return _measure_health(model, stream, lanes=lanes, window=window)
 
 

@@ -67,4 +67,6 @@ def _bytes_per_token(model: NeuroGen, dtype: torch.dtype) -> int:
     num_memory = depths["hippocampus"] + depths["pfc"]
     gates = _FULL * config.num_columns if config.go_gate and depths["broca"] else 0
     decode = norm + size * width  # the gradient of the decoder's input, made with the loss
-    return num_cortex * cortex + num_memory * memory + gates + decode
+    # One byte a number that may be left out: by the relay, and twice a layer. A sequence's own mask counts for nothing.
+    masks = width * (1 + 2 * sum(depths.values())) if config.dropout and config.dropout_mask == "token" else 0
+    return num_cortex * cortex + num_memory * memory + gates + decode + masks

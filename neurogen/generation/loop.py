@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from neurogen.brain import BrainState
+from neurogen.brain.dropout import evaluating
 from neurogen.errors import UserError
 from neurogen.generation.request import Generation, Request, check_prompt, check_stop, make_sampling
 from neurogen.probes import to_device
@@ -66,7 +67,8 @@ def generate(
         stop=check_stop(stop, model.vocab_size),
         state=state,
     )
-    return model.mode.generate(model, request)
+    with evaluating(model):
+        return model.mode.generate(model, request)
 
 
 class Reader(Protocol):

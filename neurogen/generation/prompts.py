@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.sample import Sampling
 from neurogen.brain import BrainState
+from neurogen.brain.dropout import evaluating
 from neurogen.errors import UserError
 from neurogen.generation.request import Generation, Request, check_prompt, check_stop
 
@@ -92,17 +93,18 @@ def generate_prompts(
         group = range(start, min(start + GROUP_LANES, num_lanes))
         chosen = rows[group.start : group.stop]
         before = None if state is None else state.select(list(group))
-        request = Request(
-            input_ids=torch.stack([row[-1:] for row in chosen]).to(model.device),
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            stop=stop_ids,
-            state=read_all_but_last(model, chosen, before),
-            lanes=numbers[group.start : group.stop].to(model.device),
-            seen=_seen(model, chosen, None if seen is None else seen[group.start : group.stop], sampling),
-        )
-        parts.append(model.mode.generate(model, request))
+        with evaluating(model):
+            request = Request(
+                input_ids=torch.stack([row[-1:] for row in chosen]).to(model.device),
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                seed=seed,
+                stop=stop_ids,
+                state=read_all_but_last(model, chosen, before),
+                lanes=numbers[group.start : group.stop].to(model.device),
+                seen=_seen(model, chosen, None if seen is None else seen[group.start : group.stop], sampling),
+            )
+            parts.append(model.mode.generate(model, request))
     if len(parts) == 1:
         return parts[0]
     return Generation(

@@ -157,6 +157,11 @@ class LocalLearning:
     def __init__(self, model: NeuroGen, config: LocalLearningConfig, *, seed: int) -> None:
         if model.config.tie_embedding and config.feedback == "random":
             raise UserError("learning.feedback=random: needs model.tie_embedding=false, the decoder is the embedding")
+        if model.config.dropout:
+            raise UserError(
+                f"learning=local: trains without model.dropout, which is {model.config.dropout}; set it to 0, or use "
+                "learning=bptt"
+            )
         self.config = config
         weight = model.decoder.weight
         generator = torch.Generator().manual_seed(seed)

@@ -87,6 +87,15 @@ def resolve_mode(name: str) -> str:
     return name
 
 
+def check_dropout_runs(name: str, dropout: float) -> None:
+    """Raise UserError if the mode cannot train with dropout: the ones that go token by token cannot."""
+    if dropout and name in TOKEN_BY_TOKEN:
+        raise UserError(
+            f"model.dropout is {dropout}, and mode={name} trains without; use mode=fused or mode=unfused, or set it "
+            "to 0"
+        )
+
+
 def make_mode(name: str) -> Mode:
     """The mode called `name`; raises UserError as `resolve_mode` does."""
     return _BY_NAME[resolve_mode(name)]()

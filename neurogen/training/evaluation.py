@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from neurogen.brain.dropout import evaluating
 from neurogen.data import Corpus, Tokenizer, TokenStream, validation_batches
 from neurogen.data.batches import IGNORE
 from neurogen.training.distributed import SINGLE, World
@@ -127,7 +128,7 @@ def evaluate(
             state = None
         valid = batch.target_ids[batch.target_ids != IGNORE]
         part = batch.to(device)
-        with precision.autocast():
+        with evaluating(model), precision.autocast():
             out = model(
                 part.input_ids,
                 state,

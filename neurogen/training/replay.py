@@ -191,6 +191,7 @@ def replay(path: str, *, mode: ModeConfig, device: str, dtype: str) -> list[str]
     batch = {name.removeprefix(BATCH): tensor.to(at) for name, tensor in tensors.items() if name.startswith(BATCH)}
     brain = {name.removeprefix(BRAIN): tensor.to(at) for name, tensor in tensors.items() if name.startswith(BRAIN)}
     state = BrainState.from_tensors(brain) if brain else None
+    trained.model.train()
     with NonFiniteWatch(trained.model).watching() as watch:
         with trained.precision.autocast():
             out = trained.model(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from neurogen.brain import BrainState
+from neurogen.brain import BrainConfig, BrainState
 from neurogen.config.compose import config_to_dict
 from neurogen.data import Batches, Corpus, make_batches
 from neurogen.data.config import default_cache_dir
@@ -23,7 +23,7 @@ from neurogen.errors import UserError
 from neurogen.learning import LearningRule, make_learning_rule
 from neurogen.model import NeuroGen
 from neurogen.models import LanguageModel, build_model
-from neurogen.modes import TOKEN_BY_TOKEN
+from neurogen.modes import TOKEN_BY_TOKEN, check_dropout_runs
 from neurogen.training.checkpoint import Checkpoint
 from neurogen.training.distributed import SINGLE, World, device_of, shard_like, whole
 from neurogen.training.guard import Guard
@@ -162,6 +162,8 @@ def build_session(config: Config, corpus: Corpus, world: World = SINGLE) -> Sess
     precision = Precision.resolve(device, config.trainer.dtype)
     if world.size > 1 and config.learning.name != "bptt":
         raise UserError(f"learning={config.learning.name}: runs in one process, not in {world.size}; use learning=bptt")
+    if isinstance(config.model, BrainConfig):
+        check_dropout_runs(config.mode.name, config.model.dropout)
     batches = make_batches(corpus.train, config.data, seed=config.seed, rank=world.rank, world_size=world.size)
     torch.manual_seed(config.seed)
     model = build_model(

@@ -19,7 +19,7 @@ from neurogen.training.session import load_weights
 
 @dataclass(frozen=True)
 class Trained:
-    """A model ready to run, and what it was trained with.
+    """A model ready to run, in evaluation mode, and what it was trained with.
 
     Arguments:
         path: the checkpoint's folder.
@@ -77,4 +77,5 @@ def load_trained(path: str, *, mode: ModeConfig, device: str, dtype: str) -> Tra
     )
     load_weights(model, checkpoint)
     precision.place(model)
+    model.eval()
     return Trained(checkpoint.path, checkpoint.step, config, model, tokenizer, precision, starts_documents)

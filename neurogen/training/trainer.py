@@ -258,7 +258,7 @@ class Trainer:
 
     def _warm_up(self) -> None:
         """On a GPU, take the first step without its update and off the clock: kernels compile, and too large a batch
-        shows at once."""
+        shows at once. A resumed run does so as well, hence what dropout draws in it is drawn again."""
         session, on_gpu = self.session, self.session.precision.device.type == "cuda"
         if not (on_gpu if self.config.dry_run is None else self.config.dry_run):
             return
@@ -276,10 +276,11 @@ class Trainer:
             finally:
                 session.optimizer.zero_grad()
 
-        check_memory(
-            attempt,
-            lanes=session.config.data.lanes // self.world.size,
-            accumulation=self.config.accumulation,
-            window=session.config.data.window,
-            search=self.world.size == 1,  # the others could not follow
-        )
+        with torch.random.fork_rng(devices=[session.precision.device] if on_gpu else []):
+            check_memory(
+                attempt,
+                lanes=session.config.data.lanes // self.world.size,
+                accumulation=self.config.accumulation,
+                window=session.config.data.window,
+                search=self.world.size == 1,  # the others could not follow
+            )

@@ -16,9 +16,9 @@ from neurogen.training.precision import Precision
 CPU64 = Precision(torch.device("cpu"), "float64")
 
 
-def make_model(vocab_size: int) -> NeuroGen:
+def make_model(vocab_size: int, *, dropout: float = 0.0) -> NeuroGen:
     torch.manual_seed(0)
-    config = BrainConfig(embedding_dim=16, column_width=8, head_width=8, chunk_size=4)
+    config = BrainConfig(embedding_dim=16, column_width=8, head_width=8, chunk_size=4, dropout=dropout)
     model = NeuroGen(config, vocab_size=vocab_size).double()
     with torch.no_grad():
         for param in model.parameters():
@@ -84,6 +84,17 @@ def test_a_context_of_several_windows(context: int) -> None:
     assert result.nats == pytest.approx(expected[0], rel=1e-10)
     reset = evaluate(model, stream, tokenizer, lanes=lanes, window=7, precision=CPU64, carry_state=False)
     assert (result.nats == pytest.approx(reset.nats, rel=1e-12)) == (context == 7)
+
+
+def test_it_reads_without_dropout_and_leaves_the_model_training() -> None:
+    tokenizer = ByteTokenizer()
+    stream = make_stream(tokenizer, ["def f(x):\n    return x\n"])
+    models = [make_model(tokenizer.vocab_size, dropout=dropout) for dropout in (0.0, 0.5)]
+    before = torch.get_rng_state()
+    plain, dropping = (evaluate(model, stream, tokenizer, lanes=2, window=7, precision=CPU64) for model in models)
+    assert plain == dropping
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in models[1].modules())
 
 
 def test_bits_per_byte_counts_bytes_not_tokens() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,10 @@ def make_batch(step: int, *, window: int = WINDOW, ignored: bool = False) -> Bat
     return Batch(ids[:, :-1].cuda(), targets.cuda(), start.cuda(), counts)
 
 
-def make_update(optimizer: str) -> Update:
+def make_update(optimizer: str, *, dropout: float = 0.0, mask: str = "token") -> Update:
     torch.manual_seed(0)
-    model = NeuroGen(BRAIN, vocab_size=VOCAB, mode="fused")
+    brain = dataclasses.replace(BRAIN, dropout=dropout, dropout_mask=mask)
+    model = NeuroGen(brain, vocab_size=VOCAB, mode="fused")
     with torch.no_grad():
         for param in model.parameters():
             param.add_(0.02 * torch.randn_like(param))
@@ -54,10 +56,10 @@ def make_update(optimizer: str) -> Update:
 
 
 def walk(
-    optimizer: str, *, recorded: bool, carried: bool = True, num_steps: int = 9
+    optimizer: str, *, recorded: bool, carried: bool = True, num_steps: int = 9, **dropout: Any
 ) -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
     """Losses, the parameters after the last step, and evaluations on the way; some steps are out of the ordinary."""
-    update = make_update(optimizer)
+    update = make_update(optimizer, **dropout)
     take = RecordedUpdate(update) if recorded else update
     states: list[BrainState | None] = [None]
     losses, evaluations = [], []
@@ -111,6 +113,33 @@ def test_recorded_steps_are_plain_steps_bit_for_bit(optimizer: str, carried: boo
     assert recorded[2] == plain[2]  # evaluation sees the weights of the last replay
     for name, param in plain[1].items():
         assert torch.equal(recorded[1][name], param), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask", ["token", "sequence"])
+def test_recorded_steps_with_dropout_draw_what_plain_ones_draw(mask: str) -> None:
+    """Of a generator that each replay moves on, so that plain steps in between fall in with it."""
+    plain, recorded = (walk("adamw", recorded=recorded, dropout=0.3, mask=mask) for recorded in (False, True))
+    assert recorded[0] == plain[0]
+    assert recorded[2] == plain[2]
+    for name, param in plain[1].items():
+        assert torch.equal(recorded[1][name], param), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask", ["token", "sequence"])
+def test_each_replay_draws_anew_and_what_its_generator_says(mask: str) -> None:
+    """The same batch, new lanes and weights that stand still: only masks differ."""
+    update = make_update("adamw", dropout=0.3, mask=mask)
+    take = RecordedUpdate(update)
+    update.optimizer.set_rate_scale(0.0)
+    losses, generators = [], []
+    for _ in range(NUM_PLAIN_STEPS + 4):
+        generators.append(torch.cuda.get_rng_state())
+        losses.append(float(take([make_batch(0)], [None]).loss))
+    assert len(set(losses)) == len(losses)
+    torch.cuda.set_rng_state(generators[-2])
+    assert [float(take([make_batch(0)], [None]).loss) for _ in range(2)] == losses[-2:]
 
 
 @pytest.mark.gpu

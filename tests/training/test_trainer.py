@@ -108,6 +108,7 @@ EXACT = {
     "lanes": ["trainer.log_every=4"],  # stopped inside a logging interval
     "random windows": ["data.batching=random", "optimizer=muon", "schedule=wsd"],
     "accumulated, shuffled": ["trainer.accumulation=2", "data.shuffle=true"],
+    "dropout, tried before": ["model.dropout=0.3", "trainer.dry_run=true", "trainer.sample_every=2"],
     "bpe across an epoch": ["data.tokenizer=bpe", "data.vocab_size=280", "data.window=64"],
 }
 
@@ -128,13 +129,13 @@ def test_stopping_and_resuming_is_not_stopping(text: Path, name: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("mode", ["unfused", "fused"])
-def test_stopping_and_resuming_on_a_gpu_is_not_stopping(text: Path, mode: str, optimizer: str) -> None:
+@pytest.mark.parametrize(("mode", "dropout"), [("unfused", 0), ("fused", 0), ("fused", 0.2)])
+def test_stopping_and_resuming_on_a_gpu_is_not_stopping(text: Path, mode: str, dropout: float, optimizer: str) -> None:
     """In processes of their own: a recording of the step begins anew, and cuBLAS reads its workspace's setting once."""
     wide = ["model.embedding_dim=64", "model.column_width=32", "model.head_width=32", "model.chunk_size=16"]
     command = [sys.executable, str(ROOT / "scripts/train.py"), *BASE, *QUICK, *wide, "trainer.max_steps=12"]
     command += [f"mode={mode}", f"optimizer={optimizer}", "trainer.device=cuda", "trainer.dtype=bfloat16"]
-    command += ["trainer.deterministic=true", "data.window=64"]
+    command += ["trainer.deterministic=true", "data.window=64", f"model.dropout={dropout}"]
     for ending in (["run_dir=whole"], ["run_dir=parts", "trainer.stop_at_step=6"], ["resume=parts"]):
         done = subprocess.run([*command, *ending], capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -231,6 +232,7 @@ def test_what_changed_is_said_and_what_would_corrupt_is_refused(text: Path, caps
         (["trainer.device=toaster"], "device=toaster: unknown"),
         (["data.path=missing.txt"], "missing.txt"),
         (["data.lanes=400"], "400 lanes"),
+        (["mode=pointer", "model.dropout=0.1"], "model.dropout is 0.1, and mode=pointer trains without"),
     ],
 )
 def test_a_mistake_leaves_no_run_directory(text: Path, overrides: list[str], message: str) -> None:
