@@ -204,6 +204,7 @@ class Launch(NamedTuple):
     options: AdamWOptions
     half: torch.dtype
     grad_half: torch.dtype
+    reads_half: bool  # whether any gradient is of half precision
     moment: torch.dtype
 
 
@@ -289,6 +290,7 @@ def describe(
         options,
         next(iter(halves), torch.bfloat16),
         next(iter(grad_halves), torch.bfloat16),
+        bool(grad_halves),
         exp_avgs[0].dtype,
     )
 
