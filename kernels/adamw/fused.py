@@ -42,10 +42,13 @@ class Grid(NamedTuple):
     block: int = _BLOCK
 
 
+PROGRAM_A_PART = Grid()
+
+
 @triton.jit
 def move(b_param, b_grad, b_avg, b_avg_sq, lr, correction1, correction2, beta1, beta2, eps, weight_decay):
-    """The step itself, of the parameter, m and v. Which products are fused with a sum is written out: kernels that share
-    this give the same bits, however each is compiled."""
+    """The step itself, of the parameter, m and v. Which products are fused with a sum is written out: kernels that
+    share this give the same bits, however each is compiled."""
     b_avg = tl.fma(b_avg, beta1, b_grad * (1.0 - beta1))
     b_avg_sq = tl.fma(b_avg_sq, beta2, b_grad * (1.0 - beta2) * b_grad)
     b_denominator = tl.sqrt(b_avg_sq / correction2) + eps
@@ -192,6 +195,11 @@ def make_table(params: Sequence[Tensor]) -> AddressTable:
     return AddressTable(sizes, params[0].device, part=_PROGRAM, num_columns=_COLUMNS.value)
 
 
+def count_blocks(param: Tensor) -> int:
+    """How many of the table's blocks are a parameter's; they come in the order of the parameters."""
+    return triton.cdiv(param.numel(), _PROGRAM)
+
+
 class Launch(NamedTuple):
     """What all launches over some parameters share."""
 
@@ -240,8 +248,13 @@ def launch_adamw(
         table, params, grads, exp_avgs, exp_avg_sqs, steps, rounded, lr=lr, grad_scale=grad_scale, skip=skip,
         options=options,
     )  # fmt: skip
+    launch_all(launch, params)
+
+
+def launch_all(launch: Launch, params: Sequence[Tensor]) -> None:
+    """The step described, of all its parameters."""
     count_steps(launch)
-    launch_blocks(launch, 0, len(table.blocks))
+    launch_blocks(launch, 0, len(launch.table.blocks))
     # The launch writes behind autograd's back.
     torch.autograd.graph.increment_version(list(params))
 
@@ -318,7 +331,7 @@ def count_steps(launch: Launch) -> None:
     )
 
 
-def launch_blocks(launch: Launch, first: int, last: int, grid: Grid = Grid()) -> None:
+def launch_blocks(launch: Launch, first: int, last: int, grid: Grid = PROGRAM_A_PART) -> None:
     """Update what the table's blocks `first` to `last` stand for."""
     num_programs = min(grid.num_programs or last - first, last - first)
     adamw_kernel[(num_programs,)](

@@ -205,7 +205,7 @@ def note(steps: RowSteps, launch: Launch, step: Tensor) -> None:
 
 
 def catch_up(steps: RowSteps, launch: Launch, width: int, before: Tensor, now: Tensor) -> None:
-    """Bring rows `before` and `now`, `[N]` int64 each, up to the last step noted; ids outside the table are passed over.
+    """Bring rows `before` and `now`, `[N]` int64 each, up to the last step noted; ids outside the table are ignored.
 
     Arguments:
         launch: describes the table alone.
@@ -233,8 +233,8 @@ def catch_up(steps: RowSteps, launch: Launch, width: int, before: Tensor, now: T
 
 
 def make_up(steps: RowSteps, launch: Launch, width: int, *, whole: bool) -> None:
-    """Bring the rows whose turn it is up to the last step noted, or all of them; reads no gradient, so rows that have one
-    have caught up before."""
+    """Bring the rows whose turn it is up to the last step noted, or all of them; reads no gradient, so rows that have
+    one have caught up before."""
     num_rows, num_parts = len(steps.taken), 1 if whole else len(steps.records)
     make_up_kernel[(triton.cdiv(num_rows, num_parts),)](
         launch.addresses,
