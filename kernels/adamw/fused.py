@@ -274,7 +274,7 @@ def describe(
     options: AdamWOptions,
 ) -> Launch:
     """A step as `launch_adamw` takes it, whose arguments these are, to be launched in pieces: `count_steps` once, then
-    `launch_blocks`. Whoever does that tells autograd."""
+    `launch_blocks`. Whoever does that tells autograd, and keeps the tensors until then."""
     check_launchable("adamw", *params, *grads, lr, grad_scale, skip)
     halves = {copy.dtype for copy in rounded if copy is not None}
     assert len(halves) <= 1, "copies of one type a launch"

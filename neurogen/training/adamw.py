@@ -60,11 +60,12 @@ class FusedAdamW(torch.optim.Optimizer):
             if not params:
                 continue
             device = params[0].device
+            grads = [aligned(param.grad) for param in params]  # some are copies, which have to outlast the launch
             launch = self.describe(
                 self._table(index, params),
                 group,
                 params,
-                [aligned(param.grad) for param in params],
+                grads,
                 copies,
                 lr=group["lr"] if isinstance(group["lr"], Tensor) else torch.full((), group["lr"], device=device),
                 grad_factor=torch.ones((), device=device) if self.grad_factor is None else self.grad_factor,
@@ -86,7 +87,10 @@ class FusedAdamW(torch.optim.Optimizer):
         grad_factor: Tensor,
         skip: Tensor,
     ) -> Launch:
-        """The step of some parameters of a group, to be launched by `kernels.adamw.fused`; the numbers are 0-d."""
+        """The step of some parameters of a group, to be launched by `kernels.adamw.fused`; the numbers are 0-d.
+
+        What it knows of tensors is where they lie: gradients have to be kept until it was launched.
+        """
         from kernels.adamw.fused import describe
 
         states = [self._state(param) for param in params]
