@@ -41,14 +41,15 @@ _FEW_NUMBERS = 2**20  # a group of parameters with fewer in all (biases, time co
 class Overlap:
     """How an update lies beside a forward pass; the same numbers come out whatever is chosen.
 
-    layers_together: how many layers are updated by one launch, and waited for together.
+    parts_together: how many parts of layers, each of which has a circuit and an MLP, are updated by one launch and
+        waited for together.
     num_programs, num_warps, block: of a launch beside layers, see `kernels.adamw.fused.Grid`. A layer's own launches
         find a GPU that is not full if they are few.
     fills_for_decoder: whether the launch for the decoder is as large as the GPU nevertheless.
     turns: steps in which every row of the embedding is updated once.
     """
 
-    layers_together: int = 1
+    parts_together: int = 1
     num_programs: int | None = None
     num_warps: int = 4
     block: int = 1024
@@ -149,8 +150,8 @@ class PutOffUpdate:
         self._optimizer, self._model = optimizer, model
         self._main, self._side = stream, torch.cuda.Stream(device)
         self._grid = Grid(overlap.num_programs, overlap.num_warps, overlap.block)
-        self._stages = _stages(model, overlap.layers_together)
-        # Nothing runs beside what the first layers wait for.
+        self._stages = _stages(model, overlap.parts_together)
+        # Nothing runs beside what the first parts wait for.
         self._filling = {0, 1} | ({max(self._stages.values())} if overlap.fills_for_decoder else set())
         self._factor, self._skip = torch.ones((), device=device), torch.ones((), device=device)  # nothing is put off
         embedding: Tensor = model.embedding.weight
@@ -351,24 +352,33 @@ def _ids(batches: Sequence[Batch], states: Sequence[BrainState]) -> list[Tensor]
     return [*(batch.input_ids.reshape(-1) for batch in batches), *(state.recent_ids.reshape(-1) for state in states)]
 
 
-def _stages(model: NeuroGen, layers_together: int) -> dict[Tensor, int]:
-    """When a parameter is needed: 0 by the relay, then by layers, at last by the decoder."""
-    names = model.config.layer_names()
-    place = {name: 1 + i // layers_together for i, name in enumerate(names)}
+def _parts(model: NeuroGen) -> dict[str, nn.Module]:
+    """Circuits and MLPs by name, in the order that a forward pass calls them in."""
+    layers = model.brain.layers().items()
+    return {name + end: layer.get_submodule(end[1:]) for name, layer in layers for end in ("", ".mlp")}
+
+
+def _stages(model: NeuroGen, parts_together: int) -> dict[Tensor, int]:
+    """When a parameter is needed: 0 by the relay, then by circuits and MLPs, at last by the decoder."""
+    places = {part: 1 + i // parts_together for i, part in enumerate(_parts(model))}
+    last = 1 + max(places.values(), default=0)
     if model.brain.basal_ganglia is not None:
-        place["basal_ganglia"] = next(place[name] for name in names if name.startswith("broca"))
-    last = 2 + (len(names) - 1) // layers_together
+        places["basal_ganglia"] = next(place for part, place in places.items() if part.startswith("broca"))
     stages: dict[Tensor, int] = {}
     for name, param in model.named_parameters():
-        part, _, rest = name.partition(".")
-        owner = next((each for each in place if part == "brain" and rest.startswith(each + ".")), None)
-        stages[param] = place[owner] if owner is not None else last if part == "decoder" else 0
+        region, _, rest = name.partition(".")
+        owners = [part for part in places if region == "brain" and rest.startswith(part + ".")]
+        outside = last if region == "decoder" else 0
+        stages[param] = places[max(owners, key=len)] if owners else outside  # an MLP's name is longer than its layer's
     return stages
 
 
 def _modules(model: NeuroGen, stages: dict[Tensor, int]) -> list[tuple[nn.Module, int]]:
     """Modules that are called in a forward pass, and the stage whose parameters each is the first to need."""
-    modules = [model.brain.thalamus, *model.brain.layers().values()]
+    modules: list[tuple[nn.Module, nn.Module]] = [(model.brain.thalamus, model.brain.thalamus)]
+    for name, module in _parts(model).items():
+        # A layer's MLP waits for itself.
+        modules.append((module, module if name.endswith(".mlp") else module.get_submodule("in_proj")))
     if model.brain.basal_ganglia is not None:
-        modules.append(model.brain.basal_ganglia)
-    return [(module, max(stages[param] for param in module.parameters())) for module in modules]
+        modules.append((model.brain.basal_ganglia, model.brain.basal_ganglia))
+    return [(module, max(stages[param] for param in own.parameters())) for module, own in modules]

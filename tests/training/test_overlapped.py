@@ -22,9 +22,9 @@ from neurogen.training.update import Update, split_batch
 
 pytestmark = pytest.mark.gpu
 OVERLAPS = {
-    "by layer": Overlap(turns=3),
-    "by pairs, few programs": Overlap(2, num_programs=8, num_warps=16, block=4096, fills_for_decoder=False, turns=1),
-    "at once, many turns": Overlap(layers_together=99, num_programs=5, turns=16),
+    "by part": Overlap(turns=3),
+    "by layers, few programs": Overlap(2, num_programs=8, num_warps=16, block=4096, fills_for_decoder=False, turns=1),
+    "at once, many turns": Overlap(parts_together=99, num_programs=5, turns=16),
 }
 BROKEN, SHORT, LOOKS, NUM_STEPS = 6, 9, (7, 12), 14
 
@@ -68,9 +68,9 @@ def walk(
 @pytest.mark.parametrize(
     ("name", "carried", "num_parts"),
     [
-        ("by layer", True, 1),
-        ("by layer", False, 1),
-        ("by pairs, few programs", True, 3),
+        ("by part", True, 1),
+        ("by part", False, 1),
+        ("by layers, few programs", True, 3),
         ("at once, many turns", True, 1),
     ],
 )
