@@ -121,8 +121,9 @@ class RecordedUpdate:
                 self._record(batches, known)
             except RuntimeError as error:
                 cause = str(error.__context__ or error)  # the end of a recording that failed hides why it did
+                name = "cuda_graph" if self._overlap is None else "overlap_update"
                 raise UserError(
-                    f"trainer.cuda_graph: a step could not be recorded ({cause.splitlines()[0]}); set it to false"
+                    f"trainer.{name}: a step could not be recorded ({cause.splitlines()[0]}); set it to false"
                 ) from error
         for own, batch in zip(self._batches, batches):
             _copy_batch(own, batch)
