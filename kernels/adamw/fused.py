@@ -2,10 +2,14 @@
 
 Besides what torch's fused AdamW does, the launch scales the gradient (by the clipping factor, which costs a pass over
 all gradients otherwise) and writes the parameter a second time in half precision, for the products of the next step.
+
+A launch may also be taken in pieces, each over some of the parameters, and by fewer programs than the GPU has room for:
+beside a forward pass that it must not hold up (`describe`, `count_steps`, `launch_blocks`).
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,6 +30,32 @@ _COLUMNS = tl.constexpr(8)
 _SMALLEST_LOG = -1e30  # for a beta of 0
 
 
+class Grid(NamedTuple):
+    """How a launch lies on the GPU; whatever it is, the same numbers come out.
+
+    num_programs: that share the work, each taking parts until none is left; None: a program a part.
+    num_warps: of a program; block: numbers it works on at a time, a power of two up to 8,192.
+    """
+
+    num_programs: int | None = None
+    num_warps: int = 4
+    block: int = _BLOCK
+
+
+PROGRAM_A_PART = Grid()
+
+
+@triton.jit
+def move(b_param, b_grad, b_avg, b_avg_sq, lr, correction1, correction2, beta1, beta2, eps, weight_decay):
+    """The step itself, of the parameter, m and v. Which products are fused with a sum is written out: kernels that
+    share this give the same bits, however each is compiled."""
+    b_avg = tl.fma(b_avg, beta1, b_grad * (1.0 - beta1))
+    b_avg_sq = tl.fma(b_avg_sq, beta2, b_grad * (1.0 - beta2) * b_grad)
+    b_denominator = tl.sqrt(b_avg_sq / correction2) + eps
+    b_step = (lr / correction1) * b_avg / b_denominator
+    return tl.fma(b_param, 1.0 - lr * weight_decay, -b_step), b_avg, b_avg_sq
+
+
 @triton.jit
 def _update(
     p_param, p_grad, p_avg, p_avg_sq, rounded, first, last, lr, scale, correction1, correction2, beta1, beta2, eps,
@@ -39,10 +69,9 @@ def _update(
         b_param = tl.load(p_param + offsets, mask=mask, other=0.0)
         b_avg = tl.load(p_avg + offsets, mask=mask, other=0.0).to(tl.float32)
         b_avg_sq = tl.load(p_avg_sq + offsets, mask=mask, other=0.0).to(tl.float32)
-        b_avg = beta1 * b_avg + (1.0 - beta1) * b_grad
-        b_avg_sq = beta2 * b_avg_sq + (1.0 - beta2) * b_grad * b_grad
-        b_denominator = tl.sqrt(b_avg_sq / correction2) + eps
-        b_param = b_param * (1.0 - lr * weight_decay) - (lr / correction1) * b_avg / b_denominator
+        b_param, b_avg, b_avg_sq = move(
+            b_param, b_grad, b_avg, b_avg_sq, lr, correction1, correction2, beta1, beta2, eps, weight_decay
+        )
         tl.store(p_param + offsets, b_param, mask=mask)
         tl.store(p_avg + offsets, b_avg.to(p_avg.dtype.element_ty), mask=mask)
         tl.store(p_avg_sq + offsets, b_avg_sq.to(p_avg_sq.dtype.element_ty), mask=mask)
@@ -71,13 +100,47 @@ def _update_part(
 
 
 @triton.jit
+def _update_block(
+    table_ptr, block_ptr, correction_ptr, i, lr, scale, beta1, beta2, eps, weight_decay, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr, HALF: tl.constexpr, GRAD_HALF: tl.constexpr, MOMENT: tl.constexpr,
+):  # fmt: skip
+    i_param = tl.load(block_ptr + 2 * i)
+    i_block = tl.load(block_ptr + 2 * i + 1)
+    row = table_ptr + i_param * _COLUMNS
+    p_param = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.float32)), 16)
+    grad = tl.load(row + 1)
+    p_avg = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(MOMENT)), 16)
+    p_avg_sq = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(MOMENT)), 16)
+    rounded = tl.load(row + 4)
+    num_elements = tl.load(row + 6)
+    correction1 = tl.load(correction_ptr + 2 * i_param)
+    correction2 = tl.load(correction_ptr + 2 * i_param + 1)
+    first = i_block.to(tl.int64) * (BLOCK * BLOCKS)
+    last = tl.minimum(first + BLOCK * BLOCKS, num_elements)
+    if tl.load(row + 7) != 0:
+        p_grad = tl.multiple_of(grad.to(tl.pointer_type(GRAD_HALF)), 16)
+        _update_part(
+            p_param, p_grad, p_avg, p_avg_sq, rounded, first, last, lr, scale, correction1, correction2, beta1, beta2,
+            eps, weight_decay, BLOCK, HALF,
+        )  # fmt: skip
+    else:
+        p_full_grad = tl.multiple_of(grad.to(tl.pointer_type(tl.float32)), 16)
+        _update_part(
+            p_param, p_full_grad, p_avg, p_avg_sq, rounded, first, last, lr, scale, correction1, correction2, beta1,
+            beta2, eps, weight_decay, BLOCK, HALF,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first_block", "last_block"])
 def adamw_kernel(
     table_ptr,  # [P, 8] int64
-    block_ptr,  # [programs, 2] int32: which parameter, and which part of it
+    block_ptr,  # [blocks, 2] int32: which parameter, and which part of it
     correction_ptr,  # [P, 2] float32: 1 - beta1^step, 1 - beta2^step
     lr_ptr,  # 0-d float32
     grad_scale_ptr,  # 0-d float32
     skip_ptr,  # 0-d float32
+    first_block,  # those of this launch
+    last_block,
     beta1,
     beta2,
     eps,
@@ -87,34 +150,21 @@ def adamw_kernel(
     HALF: tl.constexpr,
     GRAD_HALF: tl.constexpr,
     MOMENT: tl.constexpr,
+    SEVERAL: tl.constexpr,  # blocks a program
 ):
     if tl.load(skip_ptr) == 0.0:
-        i_param = tl.load(block_ptr + 2 * tl.program_id(0))
-        i_block = tl.load(block_ptr + 2 * tl.program_id(0) + 1)
-        row = table_ptr + i_param * _COLUMNS
-        p_param = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.float32)), 16)
-        grad = tl.load(row + 1)
-        p_avg = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(MOMENT)), 16)
-        p_avg_sq = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(MOMENT)), 16)
-        rounded = tl.load(row + 4)
-        num_elements = tl.load(row + 6)
-        correction1 = tl.load(correction_ptr + 2 * i_param)
-        correction2 = tl.load(correction_ptr + 2 * i_param + 1)
         lr = tl.load(lr_ptr)
         scale = tl.load(grad_scale_ptr)
-        first = i_block.to(tl.int64) * (BLOCK * BLOCKS)
-        last = tl.minimum(first + BLOCK * BLOCKS, num_elements)
-        if tl.load(row + 7) != 0:
-            p_grad = tl.multiple_of(grad.to(tl.pointer_type(GRAD_HALF)), 16)
-            _update_part(
-                p_param, p_grad, p_avg, p_avg_sq, rounded, first, last, lr, scale, correction1, correction2, beta1,
-                beta2, eps, weight_decay, BLOCK, HALF,
-            )  # fmt: skip
+        if SEVERAL:
+            for i in range(first_block + tl.program_id(0), last_block, tl.num_programs(0)):
+                _update_block(
+                    table_ptr, block_ptr, correction_ptr, i, lr, scale, beta1, beta2, eps, weight_decay, BLOCK,
+                    BLOCKS, HALF, GRAD_HALF, MOMENT,
+                )  # fmt: skip
         else:
-            p_full_grad = tl.multiple_of(grad.to(tl.pointer_type(tl.float32)), 16)
-            _update_part(
-                p_param, p_full_grad, p_avg, p_avg_sq, rounded, first, last, lr, scale, correction1, correction2,
-                beta1, beta2, eps, weight_decay, BLOCK, HALF,
+            _update_block(
+                table_ptr, block_ptr, correction_ptr, first_block + tl.program_id(0), lr, scale, beta1, beta2, eps,
+                weight_decay, BLOCK, BLOCKS, HALF, GRAD_HALF, MOMENT,
             )  # fmt: skip
 
 
@@ -145,6 +195,27 @@ def make_table(params: Sequence[Tensor]) -> AddressTable:
     return AddressTable(sizes, params[0].device, part=_PROGRAM, num_columns=_COLUMNS.value)
 
 
+def count_blocks(param: Tensor) -> int:
+    """How many of the table's blocks are a parameter's; they come in the order of the parameters."""
+    return triton.cdiv(param.numel(), _PROGRAM)
+
+
+class Launch(NamedTuple):
+    """What all launches over some parameters share."""
+
+    table: AddressTable
+    addresses: Tensor
+    corrections: Tensor  # [P, 2] float32, written by `count_steps`
+    lr: Tensor
+    grad_scale: Tensor
+    skip: Tensor
+    options: AdamWOptions
+    half: torch.dtype
+    grad_half: torch.dtype
+    reads_half: bool  # whether any gradient is of half precision
+    moment: torch.dtype
+
+
 def launch_adamw(
     table: AddressTable,
     params: Sequence[Tensor],
@@ -173,6 +244,37 @@ def launch_adamw(
     Raises:
         ValueError: a tensor is not contiguous and of these types on one device, or not aligned.
     """
+    launch = describe(
+        table, params, grads, exp_avgs, exp_avg_sqs, steps, rounded, lr=lr, grad_scale=grad_scale, skip=skip,
+        options=options,
+    )  # fmt: skip
+    launch_all(launch, params)
+
+
+def launch_all(launch: Launch, params: Sequence[Tensor]) -> None:
+    """The step described, of all its parameters."""
+    count_steps(launch)
+    launch_blocks(launch, 0, len(launch.table.blocks))
+    # The launch writes behind autograd's back.
+    torch.autograd.graph.increment_version(list(params))
+
+
+def describe(
+    table: AddressTable,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    rounded: Sequence[Tensor | None],
+    *,
+    lr: Tensor,
+    grad_scale: Tensor,
+    skip: Tensor,
+    options: AdamWOptions,
+) -> Launch:
+    """A step as `launch_adamw` takes it, whose arguments these are, to be launched in pieces: `count_steps` once, then
+    `launch_blocks`. Whoever does that tells autograd, and keeps the tensors until then."""
     check_launchable("adamw", *params, *grads, lr, grad_scale, skip)
     halves = {copy.dtype for copy in rounded if copy is not None}
     assert len(halves) <= 1, "copies of one type a launch"
@@ -191,37 +293,62 @@ def launch_adamw(
         )
         for *tensors, copy, step in zip(params, grads, exp_avgs, exp_avg_sqs, rounded, steps, strict=True)
     ]
-    addresses = table.note(rows)
-    corrections = torch.empty(len(params), 2, dtype=torch.float32, device=lr.device)
-    adamw_corrections_kernel[(1,)](
-        addresses,
-        corrections,
-        skip,
-        len(params),
-        LOG_BETA1=math.log(options.beta1) if options.beta1 > 0.0 else _SMALLEST_LOG,
-        LOG_BETA2=math.log(options.beta2) if options.beta2 > 0.0 else _SMALLEST_LOG,
-        BLOCK=triton.next_power_of_2(len(params)),
-        num_warps=4,
-    )
-    kinds = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-    half = kinds[next(iter(halves), torch.bfloat16)]
-    adamw_kernel[(len(table.blocks),)](
-        addresses,
-        table.blocks,
-        corrections,
+    return Launch(
+        table,
+        table.note(rows),
+        torch.empty(len(params), 2, dtype=torch.float32, device=lr.device),
         lr,
         grad_scale,
         skip,
-        options.beta1,
-        options.beta2,
-        options.eps,
-        options.weight_decay,
-        BLOCK=_BLOCK,
-        BLOCKS=_BLOCKS,
-        HALF=half,
-        GRAD_HALF=kinds[next(iter(grad_halves), torch.bfloat16)],
-        MOMENT=kinds[exp_avgs[0].dtype],
-        num_warps=1 if INTERPRETED else 4,
+        options,
+        next(iter(halves), torch.bfloat16),
+        next(iter(grad_halves), torch.bfloat16),
+        bool(grad_halves),
+        exp_avgs[0].dtype,
     )
-    # The launch writes behind autograd's back.
-    torch.autograd.graph.increment_version(list(params))
+
+
+def log_beta(beta: float) -> float:
+    return math.log(beta) if beta > 0.0 else _SMALLEST_LOG
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
+
+
+def count_steps(launch: Launch) -> None:
+    """Count a step of every parameter, and make the corrections that `launch_blocks` reads."""
+    num_params = len(launch.corrections)
+    adamw_corrections_kernel[(1,)](
+        launch.addresses,
+        launch.corrections,
+        launch.skip,
+        num_params,
+        LOG_BETA1=log_beta(launch.options.beta1),
+        LOG_BETA2=log_beta(launch.options.beta2),
+        BLOCK=triton.next_power_of_2(num_params),
+        num_warps=4,
+    )
+
+
+def launch_blocks(launch: Launch, first: int, last: int, grid: Grid = PROGRAM_A_PART) -> None:
+    """Update what the table's blocks `first` to `last` stand for."""
+    num_programs = min(grid.num_programs or last - first, last - first)
+    adamw_kernel[(num_programs,)](
+        launch.addresses,
+        launch.table.blocks,
+        launch.corrections,
+        launch.lr,
+        launch.grad_scale,
+        launch.skip,
+        first,
+        last,
+        *launch.options,
+        BLOCK=grid.block,
+        BLOCKS=_PROGRAM // grid.block,
+        HALF=triton_dtype(launch.half),
+        GRAD_HALF=triton_dtype(launch.grad_half),
+        MOMENT=triton_dtype(launch.moment),
+        SEVERAL=num_programs < last - first,
+        num_warps=1 if INTERPRETED else grid.num_warps,
+    )

@@ -19,7 +19,8 @@ from neurogen.model import NeuroGen
 from neurogen.models import LanguageModel
 from neurogen.training.optimizer import build_optimizer
 from neurogen.training.precision import Precision
-from neurogen.training.recorded import NUM_PLAIN_STEPS, RecordedUpdate
+from neurogen.training.put_off import Overlap
+from neurogen.training.recorded import MOST_OVERLAPPED_TOKENS, NUM_PLAIN_STEPS, RecordedUpdate
 from neurogen.training.update import Update
 
 
@@ -80,6 +81,11 @@ def cases(*, small: bool) -> Iterator[Case]:
         ]
         half = _brain_step(work, "fused", dtype, graph=True, moments="bfloat16")
         contenders.append(Contender("neurogen fused, CUDA graph, bfloat16 moments", half))
+        # Where the trainer does so by itself.
+        overlaps = (("", "float32"), (", bfloat16 moments", "bfloat16")) if tokens <= MOST_OVERLAPPED_TOKENS else ()
+        for name, moments in overlaps:
+            overlapped = _brain_step(work, "fused", dtype, graph=True, moments=moments, overlap=Overlap())
+            contenders.append(Contender(f"neurogen fused, CUDA graph, update overlapped{name}", overlapped))
         contenders.append(Contender("GPT, torch.compile", _gpt_step(work, dtype)))
         yield Case(
             f"train step, {work.name}",
@@ -96,12 +102,18 @@ def _rates(tokens: int, flops: int) -> Callable[[float], dict[str, float]]:
 
 
 def _brain_step(
-    work: Workload, mode: str, dtype: torch.dtype, *, graph: bool, moments: str = "float32"
+    work: Workload,
+    mode: str,
+    dtype: torch.dtype,
+    *,
+    graph: bool,
+    moments: str = "float32",
+    overlap: Overlap | None = None,
 ) -> Callable[[torch.device], Callable[[], Any]]:
     def prepare(device: torch.device) -> Callable[[], Any]:
         torch.manual_seed(0)
         model = NeuroGen(work.brain, vocab_size=work.vocab_size, mode=mode)
-        return _trainer_step(model, work, device, dtype, graph=graph, moments=moments)
+        return _trainer_step(model, work, device, dtype, graph=graph, moments=moments, overlap=overlap)
 
     return prepare
 
@@ -123,6 +135,7 @@ def _trainer_step(
     *,
     graph: bool,
     moments: str = "float32",
+    overlap: Overlap | None = None,
 ) -> Callable[[], None]:
     """The trainer's own step (forward, backward, clipping, guard, AdamW) on one batch, the state carried on."""
     precision = Precision(device, str(dtype).removeprefix("torch."))
@@ -130,7 +143,7 @@ def _trainer_step(
     optimizer = build_optimizer(model, AdamWConfig(moments=moments))
     optimizer.set_rate_scale(0.0)  # the batch stays as hard as it was
     update = Update(model, optimizer, clip_norm=1.0, precision=precision)
-    take = RecordedUpdate(update) if graph else update
+    take = RecordedUpdate(update, overlap=overlap) if graph else update
     ids = torch.randint(0, work.vocab_size, (work.lanes, work.tokens + 1), device=device)
     counts = np.full(work.lanes, work.tokens)
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.zeros_like(ids[:, 1:]).bool(), counts)

@@ -124,6 +124,7 @@ class TrainerConfig:
     distributed: str = "none"
     deterministic: bool = False
     cuda_graph: bool | None = None
+    overlap_update: bool | None = None
     accumulation: int = 1
     clip_norm: float = 1.0
     outlier_sigma: float | None = 10.0

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kernels.adamw import AdamWOptions
 from kernels.addresses import AddressTable
+
+if TYPE_CHECKING:
+    from kernels.adamw.fused import Launch
 
 # From a parameter to the half-precision copies that an update keeps up to date, and a call that says it did.
 Copies = Callable[[], tuple[dict[Tensor, Tensor], Callable[[], None]]]
@@ -48,7 +51,7 @@ class FusedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        from kernels.adamw.fused import launch_adamw  # here, because Triton is needed on a GPU alone
+        from kernels.adamw.fused import launch_all  # here, because Triton is needed on a GPU alone
 
         assert closure is None, "FusedAdamW takes no closure"
         copies, followed = ({}, None) if self._copies is None else self._copies()
@@ -56,27 +59,58 @@ class FusedAdamW(torch.optim.Optimizer):
             params = [param for param in group["params"] if param.grad is not None]
             if not params:
                 continue
-            states = [self._state(param) for param in params]
             device = params[0].device
-            skip = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
-            factor = torch.ones((), device=device) if self.grad_factor is None else self.grad_factor
-            lr = group["lr"] if isinstance(group["lr"], Tensor) else torch.full((), group["lr"], device=device)
-            steps = [state["step"] for state in states]
-            launch_adamw(
+            grads = [aligned(param.grad) for param in params]  # some are copies, which have to outlast the launch
+            launch = self.describe(
                 self._table(index, params),
+                group,
                 params,
-                [_aligned(param.grad) for param in params],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                steps,
-                [copies.get(param) for param in params],
-                lr=lr,
-                grad_scale=factor,
-                skip=skip,
-                options=AdamWOptions(group["betas"][0], group["betas"][1], group["eps"], group["weight_decay"]),
+                grads,
+                copies,
+                lr=group["lr"] if isinstance(group["lr"], Tensor) else torch.full((), group["lr"], device=device),
+                grad_factor=torch.ones((), device=device) if self.grad_factor is None else self.grad_factor,
+                skip=torch.zeros((), device=device) if self.found_inf is None else self.found_inf,
             )
+            launch_all(launch, params)
         if followed is not None:
             followed()
+
+    def describe(
+        self,
+        table: AddressTable,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        copies: dict[Tensor, Tensor],
+        *,
+        lr: Tensor,
+        grad_factor: Tensor,
+        skip: Tensor,
+    ) -> Launch:
+        """The step of some parameters of a group, to be launched by `kernels.adamw.fused`; the numbers are 0-d.
+
+        What it knows of tensors is where they lie: gradients have to be kept until it was launched.
+        """
+        from kernels.adamw.fused import describe
+
+        states = [self._state(param) for param in params]
+        return describe(
+            table,
+            params,
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["step"] for state in states],
+            [copies.get(param) for param in params],
+            lr=lr,
+            grad_scale=grad_factor,
+            skip=skip,
+            options=AdamWOptions(group["betas"][0], group["betas"][1], group["eps"], group["weight_decay"]),
+        )
+
+    def current_copies(self) -> dict[Tensor, Tensor]:
+        """The half-precision copies that a step writes, by parameter."""
+        return {} if self._copies is None else self._copies()[0]
 
     def prepare_recording(self) -> None:
         """To be called before a step is recorded as a CUDA graph; at least one plain step has been taken."""
@@ -105,7 +139,7 @@ class FusedAdamW(torch.optim.Optimizer):
         return held[1]
 
 
-def _aligned(grad: Tensor | None) -> Tensor:
+def aligned(grad: Tensor | None) -> Tensor:
     """The gradient, beginning on 16 bytes, which one that is a part of a larger buffer may not do."""
     assert grad is not None
     return grad if grad.data_ptr() % 16 == 0 else grad.clone()

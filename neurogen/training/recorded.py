@@ -1,4 +1,7 @@
-"""A training step recorded as a CUDA graph: the host launches it as one thing, however many kernels it holds."""
+"""A training step recorded as a CUDA graph: the host launches it as one thing, however many kernels it holds.
+
+The update can be put off to the next step, whose forward pass it runs beside: see `neurogen.training.put_off`.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,11 @@ from neurogen.errors import UserError
 from neurogen.learning import BPTT
 from neurogen.model import NeuroGen
 from neurogen.modes.fused import FusedMode
+from neurogen.training.put_off import Overlap, PutOffUpdate, Recording, can_put_off
 from neurogen.training.update import StepResult, Update, count_targets
 
 NUM_PLAIN_STEPS = 3  # kernels compile and lazily made buffers settle in them
+MOST_OVERLAPPED_TOKENS = 4096  # of a part of a step: with more its forward pass leaves little of the GPU idle
 STEPS_AHEAD = 2  # of the device, at most: a limit in seconds must not find minutes of queued work
 
 
@@ -40,6 +45,26 @@ def can_record(update: Update) -> bool:
     )
 
 
+def choose_overlap(update: Update, wanted: bool | None, *, num_tokens: int) -> Overlap | None:
+    """How a recorded step's update lies beside the next one's forward pass, or None if it does not.
+
+    Arguments:
+        wanted: `trainer.overlap_update`; None: where it can be and helps.
+        num_tokens: of a part of a step, in this process.
+
+    Raises:
+        UserError: it is wanted and cannot be had.
+    """
+    possible = can_put_off(update)
+    if wanted and not possible:
+        raise UserError(
+            "trainer.overlap_update=true: needs one process, optimizer=adamw with whole float32 parameters and "
+            "model.tie_embedding=false; change those, or leave it null"
+        )
+    helps = num_tokens <= MOST_OVERLAPPED_TOKENS if wanted is None else wanted
+    return Overlap() if possible and helps else None
+
+
 class RecordedUpdate:
     """Takes the steps of an `Update`: the first few as they are, then recorded and replayed.
 
@@ -51,13 +76,22 @@ class RecordedUpdate:
     one takes a step as it is, so do the others. The hosts agree on that before each step; the plain ones, which come
     first, have made what NCCL connects at its first use.
 
+    With `overlap` a replayed step leaves its update to the next one. Parameters and the optimiser's state are those
+    after the last step only once `settle` was called, which costs one update; whoever changes them calls it before.
+
     Arguments:
         update: its learning rates lie on the device.
+        overlap: how an update lies beside the forward pass after it, for which `can_put_off` must hold; None: a step
+            ends with its update.
     """
 
-    def __init__(self, update: Update) -> None:
+    def __init__(self, update: Update, *, overlap: Overlap | None = None) -> None:
+        assert overlap is None or can_put_off(update), "this update cannot be put off"
         self.update = update
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._overlap = overlap
+        self._graphs: list[torch.cuda.CUDAGraph] = []  # of a step, one after another
+        self._settling: list[torch.cuda.CUDAGraph] = []  # of an update that was put off
+        self._is_put_off = False
         self._num_steps = 0
         # Before the stream that `weight_gradients_beside` has for gradients; kernels of a graph keep their priorities.
         self._stream = torch.cuda.Stream(update.precision.device, priority=-1)
@@ -82,35 +116,52 @@ class RecordedUpdate:
         self._num_steps += 1
         if not self.update.world.all_agree(self._is_usual(batches, states)):
             return self._plain(batches, states)
-        if self._graph is None:
+        if not self._graphs:
             try:
                 self._record(batches, known)
             except RuntimeError as error:
                 cause = str(error.__context__ or error)  # the end of a recording that failed hides why it did
+                name = "cuda_graph" if self._overlap is None else "overlap_update"
                 raise UserError(
-                    f"trainer.cuda_graph: a step could not be recorded ({cause.splitlines()[0]}); set it to false"
+                    f"trainer.{name}: a step could not be recorded ({cause.splitlines()[0]}); set it to false"
                 ) from error
         for own, batch in zip(self._batches, batches):
             _copy_batch(own, batch)
         for held, state in zip(self._states, known):
             if held is not state:
                 _copy_state(held, state)
-        assert self._graph is not None
         assert self._result is not None
-        self._graph.replay()
-        torch.autograd.graph.increment_version(self._parameters)
-        self._versions = self._current_versions()
+        self._replay(self._graphs)
+        self._is_put_off = bool(self._settling)
         self._read = [*self._before] if known else list(states)
         return self._result
+
+    def settle(self) -> None:
+        """Make the update that the last step has put off, if it has: launched here, not waited for. To be called before
+        parameters or the optimiser's state are read or changed."""
+        if not self._is_put_off:
+            return
+        if self._current_versions() != self._versions:
+            raise RuntimeError("parameters were changed while an update of them was put off; call settle() before")
+        self._replay(self._settling)
+        self._is_put_off = False
 
     def release(self) -> None:
         """Let go of the recording, once the device is done with it; to be called before `World.close`. The next step
         would be recorded anew."""
-        if self._graph is None:
+        if not self._graphs:
             return
+        self.settle()
         torch.cuda.synchronize(self.update.precision.device)
-        self._graph.reset()
-        self._graph = self._result = None
+        for graph in (*self._graphs, *self._settling):
+            graph.reset()
+        self._graphs, self._settling, self._result = [], [], None
+
+    def _replay(self, graphs: list[torch.cuda.CUDAGraph]) -> None:
+        for graph in graphs:
+            graph.replay()
+        torch.autograd.graph.increment_version(self._parameters)
+        self._versions = self._current_versions()
 
     def _is_usual(self, batches: Sequence[Batch], states: Sequence[BrainState | None]) -> bool:
         """Whether this process could replay the step, or record it if there is no recording yet."""
@@ -118,8 +169,8 @@ class RecordedUpdate:
         full = all(count_targets(batch) == batch.input_ids.numel() for batch in batches)
         if not full or 0 < num_known < len(states) or self._num_steps <= NUM_PLAIN_STEPS:
             return False
-        if self._graph is None:
-            return True
+        if not self._graphs:
+            return self._overlap is None or all(param.grad is not None for param in self._parameters)
         shapes = [batch.input_ids.shape for batch in batches]
         return shapes == self._shapes and num_known == len(self._states) and self._current_versions() == self._versions
 
@@ -127,6 +178,7 @@ class RecordedUpdate:
         return [param._version for param in self._parameters]
 
     def _plain(self, batches: Sequence[Batch], states: Sequence[BrainState | None]) -> StepResult:
+        self.settle()
         # On the stream that will be recorded: autograd runs a node's backward pass where its forward pass ran.
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
@@ -147,6 +199,10 @@ class RecordedUpdate:
         self._tables = [make_table(_tensors(state)) for state in states]
         for index, state in enumerate(states):
             self._leave(index, state)  # what compiles does so before the recording
+        put_off = None
+        if self._overlap is not None:
+            put_off = PutOffUpdate(self.update, self._stream, self._overlap)
+            put_off.rehearse(self._batches, self._states)
         self.update.optimizer.zero_grad()
         # What is collected meanwhile may free device memory, which ends a recording: another step's graph, for example.
         gc.collect()
@@ -154,28 +210,37 @@ class RecordedUpdate:
         gc.disable()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()  # the recording has memory of its own
-        graph = torch.cuda.CUDAGraph()
         try:
-            result = self._run_recording(graph, batches)
+            result = self._run_recording(put_off)
         finally:
             if collects:
                 gc.enable()
-        self._graph = graph
         self._result = dataclasses.replace(result, states=list(self._states)) if states else result
         self._versions = self._current_versions()
 
-    def _run_recording(self, graph: torch.cuda.CUDAGraph, batches: Sequence[Batch]) -> StepResult:
-        # Other threads, such as those that read ahead and watch over NCCL, go on using the device meanwhile.
-        recording = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
-        for table in self._tables:
+    def _run_recording(self, put_off: PutOffUpdate | None) -> StepResult:
+        tables: list[AddressTable | PutOffUpdate] = [*self._tables]
+        if put_off is not None:
+            tables.append(put_off)
+        states: Sequence[BrainState | None] = self._states or [None] * len(self._batches)
+        leave = self._leave if self._states else None
+        for table in tables:
             table.prepare_recording()
-        with self.update.recording(), recording:
-            if self._states:
-                result = self.update(self._batches, self._states, leave=self._leave)
+        with self.update.recording(), Recording(self._stream) as recording:
+            if put_off is None:
+                result = self.update(self._batches, states, leave=leave)
             else:
-                result = self.update(self._batches, [None] * len(batches))
-        for table in self._tables:
+                self.update.optimizer.zero_grad()
+                with put_off.beside(recording, self._batches, self._states):
+                    result, factor = self.update.judged(self._batches, states, leave=leave)
+                put_off.put_off(factor, result.skipped)
+        if put_off is not None:
+            with Recording(self._stream) as settling:
+                put_off.take_all()
+            self._settling = settling.graphs
+        for table in tables:
             table.finish_recording()
+        self._graphs = recording.graphs
         return result
 
     def _leave(self, index: int, state: BrainState) -> BrainState:

@@ -18,7 +18,7 @@ from neurogen.errors import UserError
 from neurogen.training.dry_run import check_memory
 from neurogen.training.evaluation import evaluate_corpus
 from neurogen.training.flops import model_flops_utilization, peak_memory_bytes
-from neurogen.training.recorded import Pace, RecordedUpdate, can_record
+from neurogen.training.recorded import Pace, RecordedUpdate, can_record, choose_overlap
 from neurogen.training.recorder import Recorder, SilentRecorder
 from neurogen.training.replay import bundle_arguments
 from neurogen.training.rng import capture_torch_rng
@@ -62,7 +62,7 @@ class Trainer:
             spread=session.spread,
             learning=session.learning,
         )
-        self._recorded = RecordedUpdate(self.update) if self._records() else None
+        self._recorded = self._recorded_update()
         self._pace = Pace(session.precision.device)
         self.clock = Stopwatch(session.precision.device, seconds=session.progress.seconds)
         self._step_tokens = session.config.data.lanes * session.config.data.window
@@ -98,10 +98,27 @@ class Trainer:
             ending = self._limit_reached() or self._interrupted(stop)
             self._look(finishing=ending is not None and ending[0] == FINISHED)
             if ending is not None or self._due(self.config.checkpoint_every):
+                self._settle()
                 with self.clock.paused():
                     self.recorder.save(score=self._last_score)
             if ending is not None:
                 return ending
+
+    def _recorded_update(self) -> RecordedUpdate | None:
+        """What takes the steps if they are recorded. Raises UserError for what is asked for and cannot be had."""
+        overlap, records = self.config.overlap_update, self._records()
+        if not records:
+            if overlap:
+                raise UserError("trainer.overlap_update=true: only a recorded step can be overlapped; leave it null")
+            return None
+        lanes = self.session.config.data.lanes // self.world.size // self.config.accumulation
+        num_tokens = lanes * self.session.config.data.window
+        return RecordedUpdate(self.update, overlap=choose_overlap(self.update, overlap, num_tokens=num_tokens))
+
+    def _settle(self) -> None:
+        """Before parameters or the optimiser's state are read: what the last step has put off is done."""
+        if self._recorded is not None:
+            self._recorded.settle()
 
     def _records(self) -> bool:
         """Whether steps are recorded as a CUDA graph. Raises UserError if they should be and cannot."""
@@ -155,6 +172,7 @@ class Trainer:
     @contextlib.contextmanager
     def _looking(self) -> Iterator[None]:
         """Around evaluation and samples: off the clock, with whole parameters."""
+        self._settle()
         with self.clock.paused(), self.world.gathered(self.session.model):
             yield
 
@@ -249,6 +267,7 @@ class Trainer:
         limit, skipped = self.config.max_skipped_in_a_row, self.session.guard.num_in_a_row()
         if not limit or skipped < limit:
             return
+        self._settle()
         reason = f"{skipped} steps in a row were skipped up to step {self.session.progress.step}"
         bundle = self.recorder.bundle(bundle_arguments(self.session, self._parts, self._read, self._rng, reason=reason))
         raise UserError(

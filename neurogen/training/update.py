@@ -117,11 +117,19 @@ class Update:
         the state it leaves start again from zero, which is up to `leave` if it is given. Nothing waits for the device.
         """
         self.optimizer.zero_grad()
+        result, factor = self.judged(batches, states, leave=leave)
+        with stage("learn"):
+            self.optimizer.step(skip=result.skipped, grad_factor=factor)
+        return result
+
+    def judged(
+        self, batches: Sequence[Batch], states: Sequence[BrainState | None], *, leave: Leave | None = None
+    ) -> tuple[StepResult, Tensor]:
+        """Everything of a step but the update, and what its gradients are to be multiplied by, 0-d."""
         result = self.backward(batches, states, leave=leave)
         with stage("learn"):
             skipped, factor = self.guard.judge(result.loss, result.grad_norm, clip_norm=self.clip_norm)
-            self.optimizer.step(skip=skipped, grad_factor=factor)
-        return dataclasses.replace(result, skipped=skipped)
+        return dataclasses.replace(result, skipped=skipped), factor
 
     def backward(
         self, batches: Sequence[Batch], states: Sequence[BrainState | None], *, leave: Leave | None = None

@@ -226,3 +226,6 @@ def test_asking_for_what_cannot_be_recorded_is_refused(tmp_path: Path, monkeypat
     overrides = ["experiment=test", "data=text", "data.path=notes.txt", "trainer.device=cpu", "trainer.cuda_graph=true"]
     with pytest.raises(UserError, match=r"trainer.cuda_graph=true.*mode=fused"):
         train(compose_config([*overrides, "run_dir=a"]))
+    overrides[-1] = "trainer.overlap_update=true"
+    with pytest.raises(UserError, match=r"trainer.overlap_update=true: only a recorded step"):
+        train(compose_config([*overrides, "run_dir=b"]))
