@@ -18,6 +18,7 @@ from neurogen.brain.state import LayerState
 from neurogen.model import Output
 
 ROTARY_BASE = 10_000.0
+Rotation = tuple[Tensor, Tensor]  # cosines and sines [T, N/2]
 
 
 class GPT(Baseline):
@@ -38,6 +39,7 @@ class GPT(Baseline):
         self.config = config
         self.mask_documents = mask_documents
         self.context = context
+        self._angles: Rotation | None = None
         self.embedding = nn.Embedding(vocab_size, config.embedding_dim)
         self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(GPTLayer(config) for _ in range(config.num_layers))
@@ -48,29 +50,36 @@ class GPT(Baseline):
     def hidden(
         self, input_ids: Tensor, state: BrainState, document_start: Tensor | None
     ) -> tuple[Tensor, dict[str, LayerState]]:
-        return self._trunk(input_ids, document_start if self.mask_documents else None), {}
+        rotation = self._rotation(input_ids.shape[1], input_ids.device)
+        return self._trunk(input_ids, document_start if self.mask_documents else None, rotation), {}
 
     def measure(
         self, input_ids: Tensor, state: BrainState, document_start: Tensor | None, target_ids: Tensor
     ) -> tuple[DecodeOutput, dict[str, LayerState]]:
         # Training's windows have one shape; evaluation ends with a shorter one, which would be compiled as well.
         run = self._compiled if input_ids.is_cuda and torch.is_grad_enabled() else self._measure
-        return DecodeOutput(*run(input_ids, document_start if self.mask_documents else None, target_ids)), {}
+        rotation = self._rotation(input_ids.shape[1], input_ids.device)
+        return DecodeOutput(*run(input_ids, document_start if self.mask_documents else None, target_ids, rotation)), {}
+
+    def _rotation(self, num_tokens: int, device: torch.device) -> Rotation:
+        """The angles of the window, made once: inside what is compiled they would be taken again for every element."""
+        if self._angles is None or self._angles[0].shape[0] != num_tokens or self._angles[0].device != device:
+            self._angles = rotary_angles(num_tokens, self.config.head_width, device)
+        return self._angles
 
     def _measure(
-        self, input_ids: Tensor, document_start: Tensor | None, target_ids: Tensor
+        self, input_ids: Tensor, document_start: Tensor | None, target_ids: Tensor, rotation: Rotation
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, num_correct, num_targets = self.decode(self._trunk(input_ids, document_start), target_ids)
+        loss, num_correct, num_targets = self.decode(self._trunk(input_ids, document_start, rotation), target_ids)
         return loss, num_correct, num_targets
 
-    def _trunk(self, input_ids: Tensor, document_start: Tensor | None) -> Tensor:
+    def _trunk(self, input_ids: Tensor, document_start: Tensor | None, rotation: Rotation) -> Tensor:
         eps = self.config.norm_eps
         mask = None
         if document_start is not None:
             segment = segment_index(document_start)
             mask = (segment[:, None, :, None] == segment[:, None, None, :]).tril()
         x = self.dropout(rms(self.embedding(input_ids), eps))
-        rotation = rotary_angles(input_ids.shape[1], self.config.head_width, x.device)
         for layer in self.layers:
             x = layer(x, rotation, mask)
         return rms(x, eps)
@@ -103,7 +112,7 @@ class GPTLayer(nn.Module):
         nn.init.zeros_(self.attention_out.weight)
         nn.init.zeros_(self.mlp_out.weight)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
         query, key, value = self.heads(x, rotation)
         attended = F.scaled_dot_product_attention(
             query,
@@ -115,7 +124,7 @@ class GPTLayer(nn.Module):
         )
         return self.feed_forward(x + self.dropout(self.attention_out(attended.transpose(1, 2).flatten(-2))))
 
-    def heads(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, `[B, H, T, N]` each, of x `[B, T, D]`."""
         eps = self.config.norm_eps
         heads = self.query_key_value(rms(x, eps)).unflatten(-1, (3, -1, self.config.head_width))
@@ -133,14 +142,14 @@ def rms(x: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=eps).to(x.dtype)
 
 
-def rotary_angles(num_tokens: int, head_width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_angles(num_tokens: int, head_width: int, device: torch.device) -> Rotation:
     """Cosines and sines `[T, N/2]` of t * base^(-2i/N) (Su et al. 2021)."""
     frequencies = ROTARY_BASE ** (-torch.arange(0, head_width, 2, device=device).float() / head_width)
     angles = torch.arange(num_tokens, device=device).float()[:, None] * frequencies
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn channel pairs (i, i + N/2) of `[..., T, N]` by their token's angles."""
     cos, sin = (r.to(x.dtype) for r in rotation)
     first, second = x.chunk(2, dim=-1)
