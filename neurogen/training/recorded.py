@@ -91,6 +91,7 @@ class RecordedUpdate:
         self._overlap = overlap
         self._graphs: list[torch.cuda.CUDAGraph] = []  # of a step, one after another
         self._settling: list[torch.cuda.CUDAGraph] = []  # of an update that was put off
+        self._put_off: PutOffUpdate | None = None  # holds the tensors that the graphs read and write
         self._is_put_off = False
         self._num_steps = 0
         # Before the stream that `weight_gradients_beside` has for gradients; kernels of a graph keep their priorities.
@@ -155,7 +156,7 @@ class RecordedUpdate:
         torch.cuda.synchronize(self.update.precision.device)
         for graph in (*self._graphs, *self._settling):
             graph.reset()
-        self._graphs, self._settling, self._result = [], [], None
+        self._graphs, self._settling, self._put_off, self._result = [], [], None, None
 
     def _replay(self, graphs: list[torch.cuda.CUDAGraph]) -> None:
         for graph in graphs:
@@ -199,10 +200,9 @@ class RecordedUpdate:
         self._tables = [make_table(_tensors(state)) for state in states]
         for index, state in enumerate(states):
             self._leave(index, state)  # what compiles does so before the recording
-        put_off = None
         if self._overlap is not None:
-            put_off = PutOffUpdate(self.update, self._stream, self._overlap)
-            put_off.rehearse(self._batches, self._states)
+            self._put_off = PutOffUpdate(self.update, self._stream, self._overlap)
+            self._put_off.rehearse(self._batches, self._states)
         self.update.optimizer.zero_grad()
         # What is collected meanwhile may free device memory, which ends a recording: another step's graph, for example.
         gc.collect()
@@ -211,14 +211,15 @@ class RecordedUpdate:
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()  # the recording has memory of its own
         try:
-            result = self._run_recording(put_off)
+            result = self._run_recording()
         finally:
             if collects:
                 gc.enable()
         self._result = dataclasses.replace(result, states=list(self._states)) if states else result
         self._versions = self._current_versions()
 
-    def _run_recording(self, put_off: PutOffUpdate | None) -> StepResult:
+    def _run_recording(self) -> StepResult:
+        put_off = self._put_off
         tables: list[AddressTable | PutOffUpdate] = [*self._tables]
         if put_off is not None:
             tables.append(put_off)
