@@ -10,29 +10,28 @@ import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 import triton
 import triton.language as tl
 
-from kernels.generate.device import silu
-from kernels.generate.packets import (
-    append,
-    ask_for_unit,
-    fetch_neurons,
-    fetch_unit,
+from kernels.generate.activations import (
     gather_channels,
     gather_normed,
     load_channels,
     load_normed,
-    memory_packets,
-    relay_packets,
     room_bytes,
     room_channels,
     room_channels_of,
-    send_gates,
-    send_here,
     shared_room,
-    spike_packets,
     still_put,
-    store_here,
-    value_of,
 )
+from kernels.generate.device import silu
+from kernels.generate.packet_phases import (
+    ask_for_unit,
+    fetch_neurons,
+    fetch_unit,
+    memory_packets,
+    relay_packets,
+    send_gates,
+    spike_packets,
+)
+from kernels.generate.packets import append, send_here, store_here, value_of
 from kernels.generate.sampling import all_ended, filtered_winner, race_logits, record, winner
 from kernels.generate.stream import CORTEX_IN, DECODE, MEMORY_IN, MLP_IN, MLP_OUT, OUT
 from kernels.generate.stream_phases import arrive, block_barrier, wait

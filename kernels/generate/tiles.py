@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 import torch
 import triton
 
+from kernels.generate.activations import room_bytes
 from kernels.generate.layout import BrainShape
-from kernels.generate.packets import room_bytes
 
 
 @dataclass(frozen=True)
