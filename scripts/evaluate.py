@@ -3,11 +3,13 @@
     python scripts/evaluate.py checkpoint=runs/20260101-120000-ab12               # on the data it was trained with
     python scripts/evaluate.py checkpoint=runs/... data=text data.path=book.txt max_tokens=100000
     python scripts/evaluate.py checkpoint=runs/... 'contexts=[512,8192]'
+    python scripts/evaluate.py checkpoint=runs/... weights=int8                  # or fp8: also with rounded weights
 
 loss is in nats a token, bpb in bits a byte of text; `reset_...` gives every window a new state, so the gap to the
-values without it is what memory across windows is worth. `context_N_bpb` reads on for N tokens, window by window, and
-then starts from a new state. A GPT sees its window alone, so it has `contexts` of that length and no other. A text
-that has no more validation tokens than one window of the training had is refused.
+values without it is what memory across windows is worth. `context_N_bpb` reads on for N tokens, window by window,
+and then starts from a new state. `int8_...` and `fp8_...` are of matrices rounded to 8 bits, row by row. A GPT sees
+its window alone, so it has `contexts` of that length and no other. A text that has no more validation tokens than
+one window of the training had is refused.
 """
 
 import json
@@ -23,6 +25,7 @@ from neurogen.config.script_configs import EvaluateConfig
 from neurogen.data import build_corpus
 from neurogen.errors import UserError
 from neurogen.training.evaluation import evaluate_corpus
+from neurogen.training.rounding import round_weights
 from neurogen.training.trained import load_trained
 
 
@@ -66,6 +69,11 @@ def main(config: EvaluateConfig) -> None:
     for context in config.contexts:
         result, _ = evaluate_corpus(trained.model, corpus, context=context, **settings)
         results[f"context_{context}_bpb"] = result.bits_per_byte
+    if config.weights is not None:  # last: it changes the model
+        results[f"{config.weights}_num_weights"] = round_weights(trained.model, config.weights)
+        result, _ = evaluate_corpus(trained.model, corpus, carry_state=True, **settings)
+        values = result.metrics("val").items()
+        results |= {f"{config.weights}_{key.removeprefix('val/')}": value for key, value in values}
     print(json.dumps(results))
 
 

@@ -21,6 +21,7 @@ class EvaluateConfig:
     max_tokens: targets at most, None for all.
     contexts: tokens after which the carried state is replaced by a new one, for a figure of each; multiples of the
         window.
+    weights: `int8` or `fp8` to evaluate once more with matrices rounded to 8 bits; None is without.
     """
 
     checkpoint: str
@@ -30,12 +31,15 @@ class EvaluateConfig:
     dtype: str = "auto"
     max_tokens: int | None = None
     contexts: list[int] = field(default_factory=list)
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
         one_of("dtype", self.dtype, DTYPES)
         if self.max_tokens is not None:
             in_range("max_tokens", self.max_tokens, least=1)
+        if self.weights is not None:
+            one_of("weights", self.weights, ("int8", "fp8"))
         for context in self.contexts:
             in_range("contexts", context, least=1)
 

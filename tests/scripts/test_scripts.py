@@ -73,6 +73,18 @@ def test_evaluate_prints_one_json_object(
     assert result.keys() >= {"loss", "perplexity", "accuracy", "reset_loss", "reset_bpb"}
 
 
+def test_evaluate_with_rounded_weights(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["checkpoint=runs/a", "weights=int8"]
+    code, out, _ = run_here("evaluate.py", *words, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
+    result = json.loads(out)
+    assert code == 0
+    assert result["int8_num_weights"] > 0
+    assert result["int8_bpb"] != result["bpb"]
+    assert result["int8_bpb"] == pytest.approx(result["bpb"], abs=0.05)
+
+
 def test_evaluate_at_several_contexts(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
