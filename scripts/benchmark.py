@@ -3,7 +3,7 @@
     python scripts/benchmark.py suite=kernels                  # docs/benchmarks/kernels.json
     python scripts/benchmark.py suite=training device=cuda
     python scripts/benchmark.py suite=generation 'only="base, context 128, batch 1,"'
-    python scripts/benchmark.py suite=kernels only=cortex provider=neurogen seconds=3
+    python scripts/benchmark.py suite=kernels 'only=cortex|relay' provider=neurogen seconds=3
     python scripts/benchmark.py suite=kernels size=test device=cpu output=results.json    # tries the suite itself
 
 Each contender is checked where it computes our function, warmed up, and then takes turns with the others; a peer that
@@ -42,7 +42,7 @@ def main(config: BenchmarkConfig) -> None:
     output = Path(config.output or f"docs/benchmarks/{config.suite}.json")
     torch.manual_seed(0)
     for case in SUITES[config.suite](small=config.size == "test"):
-        if config.only and config.only not in case.op:
+        if config.only and not any(part in case.op for part in config.only.split("|")):
             continue
         contenders = [c for c in case.contenders if config.provider is None or config.provider in c.provider]
         if not contenders:

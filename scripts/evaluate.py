@@ -24,6 +24,7 @@ from neurogen.config.script import run_script
 from neurogen.config.script_configs import EvaluateConfig
 from neurogen.data import build_corpus
 from neurogen.errors import UserError
+from neurogen.model import NeuroGen
 from neurogen.training.evaluation import evaluate_corpus
 from neurogen.training.rounding import round_weights
 from neurogen.training.trained import load_trained
@@ -31,6 +32,8 @@ from neurogen.training.trained import load_trained
 
 def main(config: EvaluateConfig) -> None:
     trained = load_trained(config.checkpoint, mode=config.mode, device=config.device, dtype=config.dtype)
+    if config.weights is not None and not isinstance(trained.model, NeuroGen):
+        raise UserError(f"weights={config.weights}: only a brain's matrices are rounded; leave it out here")
     data = config.data or trained.config.data
     asked, kind, size = data.tokenizer, trained.tokenizer.kind, trained.tokenizer.vocab_size
     if asked in ("bytes", "bpe") and (asked != kind or data.vocab_size not in (None, size)):

@@ -108,17 +108,17 @@ def test_many_slots_of_a_program(monkeypatch):
 
 
 def test_same_bits_twice():
-    inputs = make_inputs(lanes=2, num_tokens=20, vocab_size=3)
-    grad_x = torch.randn(2, 20, 5)
+    inputs = make_inputs(lanes=2, num_tokens=9, vocab_size=3)
+    grad_x = torch.randn(2, 9, 5)
     first, second = run("fused", inputs, grad_x), run("fused", inputs, grad_x)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_operators_are_well_formed():
-    input_ids, embedding, taps, recent_ids, document_start = make_inputs(num_tokens=3, dtype=torch.float32)
+    input_ids, embedding, taps, recent_ids, document_start = make_inputs(lanes=2, num_tokens=2, dtype=torch.float32)
     embedding.requires_grad_()
     torch.library.opcheck(relay_forward, (input_ids, recent_ids, embedding, taps, document_start, 1e-6, torch.float32))
-    arguments = (torch.randn(3, 3, 5), input_ids, recent_ids, embedding.detach(), taps, document_start, 1e-6)
+    arguments = (torch.randn(2, 2, 5), input_ids, recent_ids, embedding.detach(), taps, document_start, 1e-6)
     for grad_dtype in (torch.float32, torch.float16):
         torch.library.opcheck(relay_backward, (*arguments, grad_dtype))
 
