@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -162,3 +163,13 @@ def test_saving_is_measured_where_it_happens(tmp_path: Path, monkeypatch: pytest
     extra = rows["each 4: saving"]["extra"]
     assert extra["wait_seconds"] == pytest.approx(saving - never)
     assert extra["seconds_a_save"] == pytest.approx(saving + 2 * beside - 3 * never)
+
+
+def test_only_names_one_op_or_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "rows.json"
+    words = ["suite=training", "size=test", "device=cpu", "seconds=0", "only=matrix|copy", f"output={output}"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_path(str(ROOT / "scripts" / "benchmark.py"), run_name="__main__")
+    assert not leaving.value.code
+    assert {row["op"] for row in json.loads(output.read_text())} == {"matrix product", "copy"}
