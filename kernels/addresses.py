@@ -26,6 +26,7 @@ class AddressTable:
         pairs = [(i, k) for i, size in enumerate(sizes) for k in range(-(-size // part))]
         # [programs, 2] int32: which row, and which part of its tensors.
         self.blocks = _sent(torch.tensor(pairs, dtype=torch.int32).view(-1, 2), device)
+        self.part = part
         self._shape = (len(sizes), num_columns)
         self._device = device
         self._plain = _Table(self._new())

@@ -189,15 +189,15 @@ def adamw_corrections_kernel(
     tl.store(correction_ptr + 2 * o_p + 1, (1.0 - tl.exp(b_step.to(tl.float64) * LOG_BETA2)).to(tl.float32), mask=mask)
 
 
-def make_table(params: Sequence[Tensor]) -> AddressTable:
-    """The table of these parameters' launches."""
+def make_table(params: Sequence[Tensor], *, part: int = _PROGRAM) -> AddressTable:
+    """The table of these parameters' launches, in which a program works on `part` numbers, a multiple of its block."""
     sizes = [param.numel() for param in params]
-    return AddressTable(sizes, params[0].device, part=_PROGRAM, num_columns=_COLUMNS.value)
+    return AddressTable(sizes, params[0].device, part=part, num_columns=_COLUMNS.value)
 
 
-def count_blocks(param: Tensor) -> int:
+def count_blocks(param: Tensor, part: int) -> int:
     """How many of the table's blocks are a parameter's; they come in the order of the parameters."""
-    return triton.cdiv(param.numel(), _PROGRAM)
+    return triton.cdiv(param.numel(), part)
 
 
 class Launch(NamedTuple):
@@ -345,7 +345,7 @@ def launch_blocks(launch: Launch, first: int, last: int, grid: Grid = PROGRAM_A_
         last,
         *launch.options,
         BLOCK=grid.block,
-        BLOCKS=_PROGRAM // grid.block,
+        BLOCKS=launch.table.part // grid.block,
         HALF=triton_dtype(launch.half),
         GRAD_HALF=triton_dtype(launch.grad_half),
         MOMENT=triton_dtype(launch.moment),

@@ -45,6 +45,8 @@ class Overlap:
         waited for together.
     num_programs, num_warps, block: of a launch beside layers, see `kernels.adamw.fused.Grid`. A layer's own launches
         find a GPU that is not full if they are few.
+    part: numbers that one of its programs works on unless there are fewer programs than parts, a multiple of block. A
+        product that needs a whole multiprocessor waits for the programs there to end.
     fills_for_decoder: whether the launch for the decoder is as large as the GPU nevertheless.
     turns: steps in which every row of the embedding is updated once.
     """
@@ -53,6 +55,7 @@ class Overlap:
     num_programs: int | None = None
     num_warps: int = 4
     block: int = 1024
+    part: int = 8192
     fills_for_decoder: bool = True
     turns: int = 16
 
@@ -150,6 +153,7 @@ class PutOffUpdate:
         self._optimizer, self._model = optimizer, model
         self._main, self._side = stream, torch.cuda.Stream(device)
         self._grid = Grid(overlap.num_programs, overlap.num_warps, overlap.block)
+        self._part = overlap.part
         self._stages = _stages(model, overlap.parts_together)
         # Nothing runs beside what the first parts wait for.
         self._filling = {0, 1} | ({max(self._stages.values())} if overlap.fills_for_decoder else set())
@@ -176,13 +180,14 @@ class PutOffUpdate:
         pieces: list[tuple[int, int, int]] = []
         first = 0
         for param in params:
-            place, last = 0 if at_once else stage[param], first + count_blocks(param)
+            place, last = 0 if at_once else stage[param], first + count_blocks(param, self._part)
             if pieces and pieces[-1][0] == place:
                 pieces[-1] = (place, pieces[-1][1], last)
             else:
                 pieces.append((place, first, last))
             first = last
-        return _Group(options, params, make_table(params), pieces, torch.zeros((), device=params[0].device))
+        rate = torch.zeros((), device=params[0].device)
+        return _Group(options, params, make_table(params, part=self._part), pieces, rate)
 
     def rehearse(self, batches: Sequence[Batch], states: Sequence[BrainState]) -> None:
         """Launch everything once, as plain launches that change nothing: what compiles does so before a recording."""

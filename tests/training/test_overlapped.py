@@ -25,6 +25,7 @@ OVERLAPS = {
     "by part": Overlap(turns=3),
     "by layers, few programs": Overlap(2, num_programs=8, num_warps=16, block=4096, fills_for_decoder=False, turns=1),
     "at once, many turns": Overlap(parts_together=99, num_programs=5, turns=16),
+    "small parts": Overlap(part=2048),
 }
 BROKEN, SHORT, LOOKS, NUM_STEPS = 6, 9, (7, 12), 14
 
@@ -72,6 +73,7 @@ def walk(
         ("by part", False, 1),
         ("by layers, few programs", True, 3),
         ("at once, many turns", True, 1),
+        ("small parts", True, 1),
     ],
 )
 def test_overlapped_steps_are_plain_steps_bit_for_bit(name: str, carried: bool, num_parts: int) -> None:

@@ -110,7 +110,7 @@ def state_of(update: Update) -> dict[str, torch.Tensor]:
     "overlap",
     [
         pytest.param(Overlap(turns=2), id="by part"),
-        pytest.param(Overlap(4, num_programs=2, turns=1), id="few programs", marks=pytest.mark.slow),
+        pytest.param(Overlap(4, num_programs=2, part=2048, turns=1), id="few programs", marks=pytest.mark.slow),
     ],
 )
 def test_steps_put_off_end_with_the_bits_of_those_that_are_not(
