@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from neurogen.config.compose import build_config, config_to_dict
+from neurogen.config.schema import Config
 from neurogen.errors import UserError
 from neurogen.storage.files import write_atomically
 from neurogen.training.metrics import Row, read_metrics
@@ -62,8 +64,19 @@ def read_run(path: str | Path) -> Run:
     if not rows:
         raise UserError(f"{directory.metrics_path} has no rows yet; compare runs that have logged something")
     state = str(directory.read_status().get("state", "unknown"))
-    config, machine = _flat(directory.read_config()), directory.read_machine()
+    config, machine = _flat(_completed(directory.read_config())), directory.read_machine()
     return Run(directory.path.resolve().name, config, rows, state, machine)
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """With its default where a setting came after the run: a setting's default is what was done before there was one.
+
+    A configuration that this version cannot build has settings that are gone; it is compared as it stands.
+    """
+    try:
+        return config_to_dict(build_config(config, Config))
+    except UserError:
+        return config
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Overlap:
     num_programs: int | None = None
     num_warps: int = 4
     block: int = 1024
-    part: int = 8192
+    part: int = 1024
     fills_for_decoder: bool = True
     turns: int = 16
 

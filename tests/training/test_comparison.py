@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from neurogen.config.compose import compose_config, config_to_dict
 from neurogen.errors import UserError
 from neurogen.training.comparison import (
     comparison_table,
@@ -127,6 +128,20 @@ def test_one_run_and_settings_that_only_one_has(tmp_path: Path) -> None:
     assert list(group_runs([alone])) == ["alone"]
     faster = read_run(write_run(tmp_path, "faster", [1.0], optimizer={"lr": 0.2}))
     assert list(group_runs([alone, faster])) == ["optimizer.lr=0.1", "optimizer.lr=0.2"]
+
+
+def test_a_setting_that_came_later_had_its_default(tmp_path: Path) -> None:
+    """Runs of two versions are seeds of one experiment, unless one of them sets what the other did not have."""
+    now = config_to_dict(compose_config(["experiment=test", "data=text", "data.path=notes.txt"]))
+    before = {key: dict(value) if isinstance(value, dict) else value for key, value in now.items()}
+    del before["model"]["dropout"]
+    del before["trainer"]["overlap_update"]
+    other = now | {"model": now["model"] | {"dropout": 0.5}}
+    configs = {"a": before, "b": now | {"seed": 1}, "c": other}
+    runs = [read_run(write_run(tmp_path, name, [1.0], **config)) for name, config in configs.items()]
+    groups = group_runs(runs)
+    assert [[run.name for run in members] for members in groups.values()] == [["a", "b"], ["c"]]
+    assert list(groups) == ["model.dropout=0.0", "model.dropout=0.5"]
 
 
 def test_a_run_without_rows_is_refused(tmp_path: Path) -> None:
