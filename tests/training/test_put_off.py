@@ -168,7 +168,7 @@ def test_every_module_waits_for_its_own_parameters(make_model: Callable[..., Any
         for group in put_off._groups:
             firsts = [0]
             for param in group.params:
-                firsts.append(firsts[-1] + -(-param.numel() // 8192))
+                firsts.append(firsts[-1] + -(-param.numel() // Overlap().part))
             for place, first, last in group.pieces:
                 if place == stage:
                     launched.extend(p for p, at in zip(group.params, firsts) if first <= at < last)
