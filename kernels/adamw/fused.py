@@ -333,6 +333,7 @@ def count_steps(launch: Launch) -> None:
 
 def launch_blocks(launch: Launch, first: int, last: int, grid: Grid = PROGRAM_A_PART) -> None:
     """Update what the table's blocks `first` to `last` stand for."""
+    assert launch.table.part % grid.block == 0, "a part is whole blocks"
     num_programs = min(grid.num_programs or last - first, last - first)
     adamw_kernel[(num_programs,)](
         launch.addresses,

@@ -59,6 +59,11 @@ class Overlap:
     fills_for_decoder: bool = True
     turns: int = 16
 
+    def __post_init__(self) -> None:
+        assert self.part % max(self.block, 1024) == 0, (
+            "a part is whole blocks, of 1,024 numbers where launches fill the GPU"
+        )
+
 
 def can_put_off(update: Update) -> bool:
     """Whether this step's update could be: one process, AdamW alone, on an embedding that only the relay reads."""

@@ -23,7 +23,9 @@ from neurogen.training.update import Update, split_batch
 pytestmark = pytest.mark.gpu
 OVERLAPS = {
     "by part": Overlap(turns=3),
-    "by layers, few programs": Overlap(2, num_programs=8, num_warps=16, block=4096, fills_for_decoder=False, turns=1),
+    "by layers, few programs": Overlap(
+        2, num_programs=8, num_warps=16, block=4096, part=8192, fills_for_decoder=False, turns=1
+    ),
     "at once, many turns": Overlap(parts_together=99, num_programs=5, turns=16),
     "small parts": Overlap(part=2048),
 }

@@ -221,3 +221,10 @@ def test_what_can_be_put_off(make_model: Callable[..., Any]) -> None:
         assert choose_overlap(other, None, num_tokens=1) is None
         with pytest.raises(UserError, match=r"trainer.overlap_update=true: needs one process"):
             choose_overlap(other, True, num_tokens=1)
+
+
+def test_a_part_is_whole_blocks() -> None:
+    assert Overlap(block=4096, part=8192).part == 8192
+    for block, part in ((4096, 1024), (512, 512)):
+        with pytest.raises(AssertionError, match="a part is whole blocks"):
+            Overlap(block=block, part=part)
