@@ -3,8 +3,8 @@
 Besides what torch's fused AdamW does, the launch scales the gradient (by the clipping factor, which costs a pass over
 all gradients otherwise) and writes the parameter a second time in half precision, for the products of the next step.
 
-A launch may also be taken in pieces, each over some of the parameters, and by fewer programs than the GPU has room for:
-beside a forward pass that it must not hold up (`describe`, `count_steps`, `launch_blocks`).
+A step may also be launched in pieces, each over some of the parameters, beside a forward pass that waits for each of
+them (`describe`, `count_steps`, `launch_blocks`).
 """
 
 import math
@@ -28,21 +28,6 @@ _PROGRAM = _BLOCK * _BLOCKS
 # number of steps, the number of elements, and whether the gradient is of half precision.
 _COLUMNS = tl.constexpr(8)
 _SMALLEST_LOG = -1e30  # for a beta of 0
-
-
-class Grid(NamedTuple):
-    """How a launch lies on the GPU; whatever it is, the same numbers come out.
-
-    num_programs: that share the work, each taking parts until none is left; None: a program a part.
-    num_warps: of a program; block: numbers it works on at a time, a power of two up to 8,192.
-    """
-
-    num_programs: int | None = None
-    num_warps: int = 4
-    block: int = _BLOCK
-
-
-PROGRAM_A_PART = Grid()
 
 
 @triton.jit
@@ -99,39 +84,7 @@ def _update_part(
         )  # fmt: skip
 
 
-@triton.jit
-def _update_block(
-    table_ptr, block_ptr, correction_ptr, i, lr, scale, beta1, beta2, eps, weight_decay, BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr, HALF: tl.constexpr, GRAD_HALF: tl.constexpr, MOMENT: tl.constexpr,
-):  # fmt: skip
-    i_param = tl.load(block_ptr + 2 * i)
-    i_block = tl.load(block_ptr + 2 * i + 1)
-    row = table_ptr + i_param * _COLUMNS
-    p_param = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.float32)), 16)
-    grad = tl.load(row + 1)
-    p_avg = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(MOMENT)), 16)
-    p_avg_sq = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(MOMENT)), 16)
-    rounded = tl.load(row + 4)
-    num_elements = tl.load(row + 6)
-    correction1 = tl.load(correction_ptr + 2 * i_param)
-    correction2 = tl.load(correction_ptr + 2 * i_param + 1)
-    first = i_block.to(tl.int64) * (BLOCK * BLOCKS)
-    last = tl.minimum(first + BLOCK * BLOCKS, num_elements)
-    if tl.load(row + 7) != 0:
-        p_grad = tl.multiple_of(grad.to(tl.pointer_type(GRAD_HALF)), 16)
-        _update_part(
-            p_param, p_grad, p_avg, p_avg_sq, rounded, first, last, lr, scale, correction1, correction2, beta1, beta2,
-            eps, weight_decay, BLOCK, HALF,
-        )  # fmt: skip
-    else:
-        p_full_grad = tl.multiple_of(grad.to(tl.pointer_type(tl.float32)), 16)
-        _update_part(
-            p_param, p_full_grad, p_avg, p_avg_sq, rounded, first, last, lr, scale, correction1, correction2, beta1,
-            beta2, eps, weight_decay, BLOCK, HALF,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["first_block", "last_block"])
+@triton.jit(do_not_specialize=["first_block"])
 def adamw_kernel(
     table_ptr,  # [P, 8] int64
     block_ptr,  # [blocks, 2] int32: which parameter, and which part of it
@@ -139,8 +92,7 @@ def adamw_kernel(
     lr_ptr,  # 0-d float32
     grad_scale_ptr,  # 0-d float32
     skip_ptr,  # 0-d float32
-    first_block,  # those of this launch
-    last_block,
+    first_block,  # of this launch
     beta1,
     beta2,
     eps,
@@ -150,21 +102,35 @@ def adamw_kernel(
     HALF: tl.constexpr,
     GRAD_HALF: tl.constexpr,
     MOMENT: tl.constexpr,
-    SEVERAL: tl.constexpr,  # blocks a program
 ):
     if tl.load(skip_ptr) == 0.0:
         lr = tl.load(lr_ptr)
         scale = tl.load(grad_scale_ptr)
-        if SEVERAL:
-            for i in range(first_block + tl.program_id(0), last_block, tl.num_programs(0)):
-                _update_block(
-                    table_ptr, block_ptr, correction_ptr, i, lr, scale, beta1, beta2, eps, weight_decay, BLOCK,
-                    BLOCKS, HALF, GRAD_HALF, MOMENT,
-                )  # fmt: skip
+        i = first_block + tl.program_id(0)
+        i_param = tl.load(block_ptr + 2 * i)
+        i_block = tl.load(block_ptr + 2 * i + 1)
+        row = table_ptr + i_param * _COLUMNS
+        p_param = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.float32)), 16)
+        grad = tl.load(row + 1)
+        p_avg = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(MOMENT)), 16)
+        p_avg_sq = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(MOMENT)), 16)
+        rounded = tl.load(row + 4)
+        num_elements = tl.load(row + 6)
+        correction1 = tl.load(correction_ptr + 2 * i_param)
+        correction2 = tl.load(correction_ptr + 2 * i_param + 1)
+        first = i_block.to(tl.int64) * (BLOCK * BLOCKS)
+        last = tl.minimum(first + BLOCK * BLOCKS, num_elements)
+        if tl.load(row + 7) != 0:
+            p_grad = tl.multiple_of(grad.to(tl.pointer_type(GRAD_HALF)), 16)
+            _update_part(
+                p_param, p_grad, p_avg, p_avg_sq, rounded, first, last, lr, scale, correction1, correction2, beta1,
+                beta2, eps, weight_decay, BLOCK, HALF,
+            )  # fmt: skip
         else:
-            _update_block(
-                table_ptr, block_ptr, correction_ptr, first_block + tl.program_id(0), lr, scale, beta1, beta2, eps,
-                weight_decay, BLOCK, BLOCKS, HALF, GRAD_HALF, MOMENT,
+            p_full_grad = tl.multiple_of(grad.to(tl.pointer_type(tl.float32)), 16)
+            _update_part(
+                p_param, p_full_grad, p_avg, p_avg_sq, rounded, first, last, lr, scale, correction1, correction2, beta1,
+                beta2, eps, weight_decay, BLOCK, HALF,
             )  # fmt: skip
 
 
@@ -190,7 +156,8 @@ def adamw_corrections_kernel(
 
 
 def make_table(params: Sequence[Tensor], *, part: int = _PROGRAM) -> AddressTable:
-    """The table of these parameters' launches, in which a program works on `part` numbers, a multiple of its block."""
+    """The table of these parameters' launches, in which a program works on `part` numbers, a multiple of 1,024."""
+    assert part % _BLOCK == 0, "a part is whole blocks"
     sizes = [param.numel() for param in params]
     return AddressTable(sizes, params[0].device, part=part, num_columns=_COLUMNS.value)
 
@@ -216,41 +183,6 @@ class Launch(NamedTuple):
     moment: torch.dtype
 
 
-def launch_adamw(
-    table: AddressTable,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    rounded: Sequence[Tensor | None],
-    *,
-    lr: Tensor,
-    grad_scale: Tensor,
-    skip: Tensor,
-    options: AdamWOptions,
-) -> None:
-    """`adamw_reference` for every parameter, in place, or nothing where `skip` is not 0.
-
-    Arguments:
-        table: made for these parameters by `make_table`.
-        params, grads, exp_avgs, exp_avg_sqs: contiguous float32, each beginning on 16 bytes; gradients may be of half
-            precision instead, all that are of one type, and so may be all moments.
-        steps: 0-d float32 each, the number of steps before this one, which is counted.
-        rounded: tensors that are given the new values, or None; all of one type, which is float32 where a layer that
-            trains in it keeps several weights as one matrix.
-        lr, grad_scale, skip: 0-d float32 on the device.
-
-    Raises:
-        ValueError: a tensor is not contiguous and of these types on one device, or not aligned.
-    """
-    launch = describe(
-        table, params, grads, exp_avgs, exp_avg_sqs, steps, rounded, lr=lr, grad_scale=grad_scale, skip=skip,
-        options=options,
-    )  # fmt: skip
-    launch_all(launch, params)
-
-
 def launch_all(launch: Launch, params: Sequence[Tensor]) -> None:
     """The step described, of all its parameters."""
     count_steps(launch)
@@ -273,8 +205,23 @@ def describe(
     skip: Tensor,
     options: AdamWOptions,
 ) -> Launch:
-    """A step as `launch_adamw` takes it, whose arguments these are, to be launched in pieces: `count_steps` once, then
-    `launch_blocks`. Whoever does that tells autograd, and keeps the tensors until then."""
+    """A step of `adamw_reference` for every parameter, in place, or of nothing where `skip` is not 0; to be launched by
+    `launch_all`, or in pieces by `count_steps` once and then `launch_blocks`. Whoever does that tells autograd.
+
+    The tensors are known by where they lie: keep them until the launch.
+
+    Arguments:
+        table: made for these parameters by `make_table`.
+        params, grads, exp_avgs, exp_avg_sqs: contiguous float32, each beginning on 16 bytes; gradients may be of half
+            precision instead, all that are of one type, and so may be all moments.
+        steps: 0-d float32 each, the number of steps before this one, which is counted.
+        rounded: tensors that are given the new values, or None; all of one type, which is float32 where a layer that
+            trains in it keeps several weights as one matrix.
+        lr, grad_scale, skip: 0-d float32 on the device.
+
+    Raises:
+        ValueError: a tensor is not contiguous and of these types on one device, or not aligned.
+    """
     check_launchable("adamw", *params, *grads, lr, grad_scale, skip)
     halves = {copy.dtype for copy in rounded if copy is not None}
     assert len(halves) <= 1, "copies of one type a launch"
@@ -331,11 +278,9 @@ def count_steps(launch: Launch) -> None:
     )
 
 
-def launch_blocks(launch: Launch, first: int, last: int, grid: Grid = PROGRAM_A_PART) -> None:
+def launch_blocks(launch: Launch, first: int, last: int) -> None:
     """Update what the table's blocks `first` to `last` stand for."""
-    assert launch.table.part % grid.block == 0, "a part is whole blocks"
-    num_programs = min(grid.num_programs or last - first, last - first)
-    adamw_kernel[(num_programs,)](
+    adamw_kernel[(last - first,)](
         launch.addresses,
         launch.table.blocks,
         launch.corrections,
@@ -343,13 +288,11 @@ def launch_blocks(launch: Launch, first: int, last: int, grid: Grid = PROGRAM_A_
         launch.grad_scale,
         launch.skip,
         first,
-        last,
         *launch.options,
-        BLOCK=grid.block,
-        BLOCKS=launch.table.part // grid.block,
+        BLOCK=_BLOCK,
+        BLOCKS=launch.table.part // _BLOCK,
         HALF=triton_dtype(launch.half),
         GRAD_HALF=triton_dtype(launch.grad_half),
         MOMENT=triton_dtype(launch.moment),
-        SEVERAL=num_programs < last - first,
-        num_warps=1 if INTERPRETED else grid.num_warps,
+        num_warps=1 if INTERPRETED else 4,
     )

@@ -93,14 +93,17 @@ def _take(
 
 @triton.jit
 def _make_up_row(
-    row, p_param, p_grad, p_avg, p_avg_sq, number_ptr, record_ptr, taken_ptr, beta1, beta2, eps, weight_decay,
-    D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr, HAS_GRAD: tl.constexpr, MOMENT: tl.constexpr,
+    row, table_ptr, number_ptr, record_ptr, taken_ptr, beta1, beta2, eps, weight_decay, D: tl.constexpr,
+    K: tl.constexpr, BLOCK_D: tl.constexpr, GRAD: tl.constexpr, MOMENT: tl.constexpr,
 ):  # fmt: skip
     """All steps that a row has missed; of its programs the first takes them. A row has no gradient of any but the last
-    step, and none of that either unless HAS_GRAD."""
+    step, and none of that either if GRAD is None."""
     number = tl.load(number_ptr)
     taken = tl.atomic_xchg(taken_ptr + row, number)
     if taken < number:
+        p_param = tl.multiple_of(tl.load(table_ptr).to(tl.pointer_type(tl.float32)), 16)
+        p_avg = tl.multiple_of(tl.load(table_ptr + 2).to(tl.pointer_type(MOMENT)), 16)
+        p_avg_sq = tl.multiple_of(tl.load(table_ptr + 3).to(tl.pointer_type(MOMENT)), 16)
         o_d = tl.arange(0, BLOCK_D)
         mask = o_d < D
         offsets = row * D + o_d
@@ -109,7 +112,8 @@ def _make_up_row(
         b_avg_sq = tl.load(p_avg_sq + offsets, mask=mask, other=0.0).to(tl.float32)
         b_zero = tl.zeros((BLOCK_D,), tl.float32)
         b_grad = b_zero
-        if HAS_GRAD:
+        if GRAD is not None:
+            p_grad = tl.multiple_of(tl.load(table_ptr + 1).to(tl.pointer_type(GRAD)), 16)
             b_grad = tl.load(p_grad + offsets, mask=mask, other=0.0).to(tl.float32)
         for missed in range(taken + 1, number):
             b_param, b_avg, b_avg_sq = _take(
@@ -148,13 +152,9 @@ def catch_up_kernel(
     b_now = tl.load(now_ptr + i - num_ids, mask=i >= num_ids, other=-1)
     row = tl.maximum(b_before, b_now)  # an id of no token is negative
     if (row >= 0) & (row < num_rows):
-        p_param = tl.multiple_of(tl.load(table_ptr).to(tl.pointer_type(tl.float32)), 16)
-        p_grad = tl.multiple_of(tl.load(table_ptr + 1).to(tl.pointer_type(GRAD)), 16)
-        p_avg = tl.multiple_of(tl.load(table_ptr + 2).to(tl.pointer_type(MOMENT)), 16)
-        p_avg_sq = tl.multiple_of(tl.load(table_ptr + 3).to(tl.pointer_type(MOMENT)), 16)
         _make_up_row(
-            row, p_param, p_grad, p_avg, p_avg_sq, number_ptr, record_ptr, taken_ptr, beta1, beta2, eps, weight_decay,
-            D, K, BLOCK_D, True, MOMENT,
+            row, table_ptr, number_ptr, record_ptr, taken_ptr, beta1, beta2, eps, weight_decay, D, K, BLOCK_D, GRAD,
+            MOMENT,
         )  # fmt: skip
 
 
@@ -178,12 +178,9 @@ def make_up_kernel(
     part = tl.load(number_ptr) % PARTS
     row = part.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     if row < num_rows:
-        p_param = tl.multiple_of(tl.load(table_ptr).to(tl.pointer_type(tl.float32)), 16)
-        p_avg = tl.multiple_of(tl.load(table_ptr + 2).to(tl.pointer_type(MOMENT)), 16)
-        p_avg_sq = tl.multiple_of(tl.load(table_ptr + 3).to(tl.pointer_type(MOMENT)), 16)
         _make_up_row(
-            row, p_param, p_param, p_avg, p_avg_sq, number_ptr, record_ptr, taken_ptr, beta1, beta2, eps, weight_decay,
-            D, K, BLOCK_D, False, MOMENT,
+            row, table_ptr, number_ptr, record_ptr, taken_ptr, beta1, beta2, eps, weight_decay, D, K, BLOCK_D, None,
+            MOMENT,
         )  # fmt: skip
 
 

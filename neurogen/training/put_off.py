@@ -41,28 +41,13 @@ _FEW_NUMBERS = 2**20  # a group of parameters with fewer in all (biases, time co
 class Overlap:
     """How an update lies beside a forward pass; the same numbers come out whatever is chosen.
 
-    parts_together: how many parts of layers, each of which has a circuit and an MLP, are updated by one launch and
-        waited for together.
-    num_programs, num_warps, block: of a launch beside layers, see `kernels.adamw.fused.Grid`. A layer's own launches
-        find a GPU that is not full if they are few.
-    part: numbers that one of its programs works on unless there are fewer programs than parts, a multiple of block. A
-        product that needs a whole multiprocessor waits for the programs there to end.
-    fills_for_decoder: whether the launch for the decoder is as large as the GPU nevertheless.
+    part: numbers that one program updates, a multiple of 1,024. A product that needs a whole multiprocessor waits for the
+        programs there to end.
     turns: steps in which every row of the embedding is updated once.
     """
 
-    parts_together: int = 1
-    num_programs: int | None = None
-    num_warps: int = 4
-    block: int = 1024
     part: int = 1024
-    fills_for_decoder: bool = True
     turns: int = 16
-
-    def __post_init__(self) -> None:
-        assert self.part % max(self.block, 1024) == 0, (
-            "a part is whole blocks, of 1,024 numbers where launches fill the GPU"
-        )
 
 
 def can_put_off(update: Update) -> bool:
@@ -147,7 +132,7 @@ class PutOffUpdate:
     """
 
     def __init__(self, update: Update, stream: torch.cuda.Stream, overlap: Overlap) -> None:
-        from kernels.adamw.fused import Grid, make_table
+        from kernels.adamw.fused import make_table
         from kernels.adamw.rows import RowSteps
 
         (optimizer,) = update.optimizer.optimizers
@@ -157,11 +142,8 @@ class PutOffUpdate:
         device = update.precision.device
         self._optimizer, self._model = optimizer, model
         self._main, self._side = stream, torch.cuda.Stream(device)
-        self._grid = Grid(overlap.num_programs, overlap.num_warps, overlap.block)
         self._part = overlap.part
-        self._stages = _stages(model, overlap.parts_together)
-        # Nothing runs beside what the first parts wait for.
-        self._filling = {0, 1} | ({max(self._stages.values())} if overlap.fills_for_decoder else set())
+        self._stages = _stages(model)
         self._factor, self._skip = torch.ones((), device=device), torch.ones((), device=device)  # nothing is put off
         embedding: Tensor = model.embedding.weight
         self._groups = [
@@ -282,7 +264,7 @@ class PutOffUpdate:
         """The whole update that is put off, at once, and then none is; may be recorded."""
         self._count_steps()
         for stage in self._order():
-            self._launch(stage, alone=True)
+            self._launch(stage)
         self._catch_up(self._ids_before, self._ids_before)
         self._make_up(whole=True)
         self._skip.fill_(1.0)
@@ -320,15 +302,14 @@ class PutOffUpdate:
         for group in self._groups:
             count_steps(_launch_of(group))
 
-    def _launch(self, stage: int, *, alone: bool = False) -> None:
-        """What is needed at a stage; `alone` if nothing runs beside it."""
-        from kernels.adamw.fused import PROGRAM_A_PART, launch_blocks
+    def _launch(self, stage: int) -> None:
+        """What is needed at a stage."""
+        from kernels.adamw.fused import launch_blocks
 
-        grid = PROGRAM_A_PART if alone or stage in self._filling else self._grid
         for group in self._groups:
             for place, first, last in group.pieces:
                 if place == stage:
-                    launch_blocks(_launch_of(group), first, last, grid)
+                    launch_blocks(_launch_of(group), first, last)
 
     def _catch_up(self, before: Tensor, now: Tensor) -> None:
         from kernels.adamw.rows import catch_up
@@ -368,9 +349,9 @@ def _parts(model: NeuroGen) -> dict[str, nn.Module]:
     return {name + end: layer.get_submodule(end[1:]) for name, layer in layers for end in ("", ".mlp")}
 
 
-def _stages(model: NeuroGen, parts_together: int) -> dict[Tensor, int]:
+def _stages(model: NeuroGen) -> dict[Tensor, int]:
     """When a parameter is needed: 0 by the relay, then by circuits and MLPs, at last by the decoder."""
-    places = {part: 1 + i // parts_together for i, part in enumerate(_parts(model))}
+    places = {part: 1 + i for i, part in enumerate(_parts(model))}
     last = 1 + max(places.values(), default=0)
     if model.brain.basal_ganglia is not None:
         places["basal_ganglia"] = next(place for part, place in places.items() if part.startswith("broca"))

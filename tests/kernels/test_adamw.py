@@ -5,7 +5,7 @@ import torch
 from fused_checks import amid_nan, is_amid_nan, relative_error
 
 from kernels.adamw import AdamWOptions, adamw_reference
-from kernels.adamw.fused import launch_adamw, make_table
+from kernels.adamw.fused import describe, launch_all, make_table
 from kernels.launch import INTERPRETED
 from neurogen.training.adamw import FusedAdamW
 
@@ -16,6 +16,10 @@ SHAPES = [(3, 8), (2052,), (64, 68), (1,)]  # less than a block, a little more, 
 
 def number(value):
     return torch.tensor(value, device=DEVICE)
+
+
+def take_step(table, params, *rest, **numbers):
+    launch_all(describe(table, params, *rest, **numbers), params)
 
 
 def make_parameters(seed=0):
@@ -39,7 +43,7 @@ def test_formula(count, copy_dtype, half_grads):
     expected = [[x.double() for x in kind] for kind in tensors]
     steps = [number(count - 1.0) for _ in SHAPES]
     rounded = [None, torch.zeros(SHAPES[1], dtype=copy_dtype, device=DEVICE), None, None]
-    launch_adamw(
+    take_step(
         make_table(tensors[0]),
         *tensors,
         steps,
@@ -68,7 +72,7 @@ def test_nothing_beside_the_tensors_is_touched(grad_dtype):
     tensors[1] = [amid_nan(grad.to(grad_dtype)) for grad in tensors[1]]
     copies = [amid_nan(torch.rand(size, device=DEVICE).half()) for size in sizes]
     expected = [[x.double().clone() for x in kind] for kind in tensors]
-    launch_adamw(
+    take_step(
         make_table(tensors[0]),
         *tensors,
         [number(0.0) for _ in sizes],
@@ -93,7 +97,7 @@ def test_moments_in_half_precision_are_rounded_and_nothing_else():
     params, grads, averages, squares = make_parameters()
     averages, squares = ([x.half() for x in kind] for kind in (averages, squares))
     expected = [[x.double() for x in kind] for kind in (params, grads, averages, squares)]
-    launch_adamw(
+    take_step(
         make_table(params),
         params,
         grads,
@@ -139,7 +143,7 @@ def test_skipping_leaves_everything():
     tensors = make_parameters()
     steps = [number(1.0) for _ in SHAPES]
     before = [[x.clone() for x in kind] for kind in tensors]
-    launch_adamw(
+    take_step(
         make_table(tensors[0]),
         *tensors,
         steps,
@@ -158,7 +162,7 @@ def test_what_the_launch_would_misread_is_refused():
     misaligned = torch.randn(25, device=DEVICE)[1:].view(3, 8)
     for wrong in (grads[0].double(), grads[0].t(), misaligned, misaligned.half().t()):
         with pytest.raises(ValueError, match=r"contiguous float32|float64"):
-            launch_adamw(
+            take_step(
                 make_table(params),
                 params,
                 [wrong, *grads[1:]],

@@ -5,7 +5,7 @@ import torch
 from fused_checks import CompileCase, check_compiled
 
 from kernels.adamw import AdamWOptions
-from kernels.adamw.fused import describe, launch_adamw, make_table
+from kernels.adamw.fused import describe, launch_all, make_table
 from kernels.adamw.rows import RowSteps, catch_up, make_up, note
 from kernels.launch import INTERPRETED
 
@@ -81,7 +81,7 @@ def test_rows_that_wait_end_with_the_bits_of_those_that_do_not(num_kept, moments
             table.learn(number, ids, skipped=number in (4, 5))
         before.copy_(ids)
         tensors, numbers = whole.arguments()
-        launch_adamw(*tensors, **numbers)
+        launch_all(describe(*tensors, **numbers), tensors[1])
         note(steps, launch, rows.step)
         if number in (6, 11):  # somebody reads the whole
             catch_up(steps, launch, WIDTH, before, before)

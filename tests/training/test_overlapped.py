@@ -21,14 +21,7 @@ from neurogen.training.recorded import NUM_PLAIN_STEPS, RecordedUpdate
 from neurogen.training.update import Update, split_batch
 
 pytestmark = pytest.mark.gpu
-OVERLAPS = {
-    "by part": Overlap(turns=3),
-    "by layers, few programs": Overlap(
-        2, num_programs=8, num_warps=16, block=4096, part=8192, fills_for_decoder=False, turns=1
-    ),
-    "at once, many turns": Overlap(parts_together=99, num_programs=5, turns=16),
-    "small parts": Overlap(part=2048),
-}
+OVERLAPS = {"three turns": Overlap(turns=3), "one turn": Overlap(turns=1), "large parts": Overlap(part=8192)}
 BROKEN, SHORT, LOOKS, NUM_STEPS = 6, 9, (7, 12), 14
 
 
@@ -71,11 +64,10 @@ def walk(
 @pytest.mark.parametrize(
     ("name", "carried", "num_parts"),
     [
-        ("by part", True, 1),
-        ("by part", False, 1),
-        ("by layers, few programs", True, 3),
-        ("at once, many turns", True, 1),
-        ("small parts", True, 1),
+        ("three turns", True, 1),
+        ("three turns", False, 1),
+        ("one turn", True, 3),
+        ("large parts", True, 1),
     ],
 )
 def test_overlapped_steps_are_plain_steps_bit_for_bit(name: str, carried: bool, num_parts: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import neurogen.training.put_off as put_off_module
+from kernels.adamw.fused import make_table
 from kernels.launch import INTERPRETED
 from neurogen.brain import BrainState
 from neurogen.config.schema import MuonConfig
@@ -109,8 +110,8 @@ def state_of(update: Update) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "overlap",
     [
-        pytest.param(Overlap(turns=2), id="by part"),
-        pytest.param(Overlap(4, num_programs=2, part=2048, turns=1), id="few programs", marks=pytest.mark.slow),
+        pytest.param(Overlap(turns=2), id="small parts"),
+        pytest.param(Overlap(part=2048, turns=1), id="large parts", marks=pytest.mark.slow),
     ],
 )
 def test_steps_put_off_end_with_the_bits_of_those_that_are_not(
@@ -224,7 +225,5 @@ def test_what_can_be_put_off(make_model: Callable[..., Any]) -> None:
 
 
 def test_a_part_is_whole_blocks() -> None:
-    assert Overlap(block=4096, part=8192).part == 8192
-    for block, part in ((4096, 1024), (512, 512)):
-        with pytest.raises(AssertionError, match="a part is whole blocks"):
-            Overlap(block=block, part=part)
+    with pytest.raises(AssertionError, match="a part is whole blocks"):
+        make_table([torch.zeros(3)], part=512)
