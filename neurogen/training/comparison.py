@@ -205,11 +205,22 @@ def comparison_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "tokens_per_second": run.tokens_per_second,
             **_largest_wait(run),
             **{key: value for key in METRICS if (value := _finite(last_value(run, key))) is not None},
+            **_best(run),
             "machine": run.machine,
         }
         for label, members in group_runs(runs).items()
         for run in members
     ]
+
+
+def _best(run: Run) -> dict[str, dict[str, float]]:
+    """The lowest validation loss on the way, and where: what counts where a text is read until it is known by heart."""
+    found = [(float(row["val/loss"]), row) for row in run.rows if "val/loss" in row]
+    finite = [(loss, row) for loss, row in found if math.isfinite(loss)]
+    if not finite:
+        return {}
+    loss, row = min(finite, key=lambda pair: pair[0])
+    return {"best": {"val/loss": loss, "step": row["step"], "seconds": row["seconds"]}}
 
 
 def _largest_wait(run: Run) -> dict[str, float]:

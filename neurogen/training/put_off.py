@@ -41,8 +41,8 @@ _FEW_NUMBERS = 2**20  # a group of parameters with fewer in all (biases, time co
 class Overlap:
     """How an update lies beside a forward pass; the same numbers come out whatever is chosen.
 
-    part: numbers that one program updates, a multiple of 1,024. A product that needs a whole multiprocessor waits for the
-        programs there to end.
+    part: numbers that one program updates, a multiple of 1,024. A product that needs a whole multiprocessor waits for
+        the programs there to end.
     turns: steps in which every row of the embedding is updated once.
     """
 

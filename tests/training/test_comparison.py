@@ -11,6 +11,7 @@ import yaml
 from neurogen.config.compose import compose_config, config_to_dict
 from neurogen.errors import UserError
 from neurogen.training.comparison import (
+    comparison_rows,
     comparison_table,
     curve_differences,
     group_runs,
@@ -128,6 +129,16 @@ def test_one_run_and_settings_that_only_one_has(tmp_path: Path) -> None:
     assert list(group_runs([alone])) == ["alone"]
     faster = read_run(write_run(tmp_path, "faster", [1.0], optimizer={"lr": 0.2}))
     assert list(group_runs([alone, faster])) == ["optimizer.lr=0.1", "optimizer.lr=0.2"]
+
+
+def test_the_best_validation_loss_is_kept_with_its_place(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "a", [3.0, 1.0, 2.0, math.nan])
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    rows = [row | {"val/loss": loss} for row, loss in zip(rows, (3.0, 1.0, 2.0, "NaN"))]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (row,) = comparison_rows([read_run(path)])
+    assert row["best"] == {"val/loss": 1.0, "step": 2, "seconds": 1.0}
+    assert "best" not in comparison_rows([read_run(write_run(tmp_path, "b", [1.0]))])[0]
 
 
 def test_a_setting_that_came_later_had_its_default(tmp_path: Path) -> None:
