@@ -89,11 +89,11 @@ def generate_prompts(
         state.check_fits(model.init_state(num_lanes))
     numbers = torch.arange(num_lanes) if lanes is None else lanes
     parts = []
-    for start in range(0, num_lanes, GROUP_LANES):
-        group = range(start, min(start + GROUP_LANES, num_lanes))
-        chosen = rows[group.start : group.stop]
-        before = None if state is None else state.select(list(group))
-        with evaluating(model):
+    with evaluating(model):
+        for start in range(0, num_lanes, GROUP_LANES):
+            group = range(start, min(start + GROUP_LANES, num_lanes))
+            chosen = rows[group.start : group.stop]
+            before = None if state is None else state.select(list(group))
             request = Request(
                 input_ids=torch.stack([row[-1:] for row in chosen]).to(model.device),
                 max_new_tokens=max_new_tokens,

@@ -123,23 +123,24 @@ def evaluate(
     readers = world if lanes % world.size == 0 else SINGLE
     shares = {"rank": readers.rank, "world_size": readers.size}
     batches = validation_batches(stream, lanes=lanes, window=window, max_tokens=max_tokens, **shares)
-    for number, batch in enumerate(batches):
-        if not carry_state or (context is not None and number * window % context == 0):
-            state = None
-        valid = batch.target_ids[batch.target_ids != IGNORE]
-        part = batch.to(device)
-        with evaluating(model), precision.autocast():
-            out = model(
-                part.input_ids,
-                state,
-                document_start=part.document_start,
-                target_ids=part.target_ids,
-            )
-        state = out.state
-        nats += out.loss.double() * len(valid)
-        correct += out.num_correct
-        targets += len(valid)
-        num_bytes += int(bytes_of[valid].sum())
+    with evaluating(model):
+        for number, batch in enumerate(batches):
+            if not carry_state or (context is not None and number * window % context == 0):
+                state = None
+            valid = batch.target_ids[batch.target_ids != IGNORE]
+            part = batch.to(device)
+            with precision.autocast():
+                out = model(
+                    part.input_ids,
+                    state,
+                    document_start=part.document_start,
+                    target_ids=part.target_ids,
+                )
+            state = out.state
+            nats += out.loss.double() * len(valid)
+            correct += out.num_correct
+            targets += len(valid)
+            num_bytes += int(bytes_of[valid].sum())
     totals = [nats, correct.double(), nats.new_tensor(float(targets)), nats.new_tensor(float(num_bytes))]
     total_nats, hits, num_targets, num_bytes = readers.sum(torch.stack(totals)).tolist()
     return Evaluation(total_nats, int(num_targets), int(hits), int(num_bytes))
