@@ -70,6 +70,12 @@ def get(place):
 
 
 @triton.jit
+def get_still(place):
+    """What has been put at a place that hangs on `all_put` or `still_put`, in whatever layout is wanted."""
+    return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [place], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def all_put(room):
     """The room once all threads have put their values there. (Loads from it hang on this value and so stay behind.)"""
     return tl.inline_asm_elementwise(

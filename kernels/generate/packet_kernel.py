@@ -25,7 +25,6 @@ from kernels.generate.device import silu
 from kernels.generate.packet_phases import (
     ask_for_unit,
     fetch_neurons,
-    fetch_unit,
     memory_packets,
     relay_packets,
     send_gates,
@@ -253,19 +252,12 @@ def packet_kernel(
                         step += 1
                     elif kind == MEMORY_IN:
                         unit = tl.program_id(0)
-                        weight, forget, write = fetch_unit(
-                            unit, p_layer, p_fast, p_vector, num_units, D, N, DELTA, EPS, BD, CU
-                        )
                         while unit < num_units:
                             memory_packets(
-                                unit, weight, forget, write, p_layer + (4 * D + M), p_layer + 2 * D, p_layer + D,
-                                p_fast, p_lengths, step, D, N, DELTA, EPS, CU, SINGLE,
+                                unit, room, square, p_layer, p_vector, p_layer + (4 * D + M), p_layer + 2 * D,
+                                p_layer + D, p_fast, p_lengths, step, D, N, DELTA, EPS, CU, BD, SINGLE,
                             )  # fmt: skip
                             unit += P
-                            if unit < num_units:
-                                weight, forget, write = fetch_unit(
-                                    unit, p_layer, p_fast, p_vector, num_units, D, N, DELTA, EPS, BD, CU
-                                )
                     # What a thread stored may be read by another of this program.
                     block_barrier(SINGLE)
         if num_stop > 0 and all_ended(p_lengths, 1, step - 1, 1):

@@ -4,8 +4,19 @@ import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 import triton
 import triton.language as tl
 
+from kernels.generate.activations import get_still, room_place, still_put
 from kernels.generate.device import is_active, sigmoid, silu
-from kernels.generate.packets import prefetch, receive, send, send_here, store_here, value_of
+from kernels.generate.packets import (
+    append,
+    load_four,
+    prefetch,
+    receive_pairs,
+    send,
+    send_here,
+    store_four,
+    store_here,
+    value_of,
+)
 
 
 @triton.jit
@@ -83,7 +94,7 @@ def spike_packets(
 @triton.jit
 def ask_for_unit(unit, p_state, p_vector, D: tl.constexpr, N: tl.constexpr, DELTA: tl.constexpr, CU: tl.constexpr,
                  BD: tl.constexpr, SINGLE: tl.constexpr):  # fmt: skip
-    """Have what `fetch_unit` reads brought to L2."""
+    """Have what `memory_packets` reads brought to L2."""
     if unit < D // CU:
         head = unit // (N // CU)
         prefetch(p_state + head * N * N + tl.arange(0, N) * N + unit % (N // CU) * CU, SINGLE)
@@ -95,49 +106,141 @@ def ask_for_unit(unit, p_state, p_vector, D: tl.constexpr, N: tl.constexpr, DELT
 
 
 @triton.jit
-def fetch_unit(
-    unit, p_x, p_state, p_vector, num_units,
-    D: tl.constexpr, N: tl.constexpr, DELTA: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr, CU: tl.constexpr,
+def times(four, x):
+    return four[0] * x, four[1] * x, four[2] * x, four[3] * x
+
+
+@triton.jit
+def plus(four, more):
+    return four[0] + more[0], four[1] + more[1], four[2] + more[2], four[3] + more[3]
+
+
+@triton.jit
+def add_2(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def add_7(a0, a1, a2, a3, a4, a5, a6, b0, b1, b2, b3, b4, b5, b6):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6
+
+
+@triton.jit
+def add_11(a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10):
+    return (
+        a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7, a8 + b8, a9 + b9, a10 + b10
+    )  # fmt: skip
+
+
+@triton.jit
+def sum_together(values, SINGLE: tl.constexpr):
+    """Sums over the first axis of 2, 7 or 11 tensors, which take one exchange between warps."""
+    COUNT: tl.constexpr = len(values)
+    if SINGLE:
+        sums = ()
+        for i in tl.static_range(COUNT):
+            sums = append(sums, tl.sum(values[i], 0))
+    elif COUNT == 2:
+        sums = tl.reduce(values, 0, add_2)
+    elif COUNT == 7:
+        sums = tl.reduce(values, 0, add_7)
+    else:
+        sums = tl.reduce(values, 0, add_11)
+    return sums
+
+
+@triton.jit
+def unit_gates(
+    room, p_x, square, p_w, head,
+    D: tl.constexpr, N: tl.constexpr, DELTA: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """As `fetch_memory`, for a single lane."""
+    """A head's forget and write gates, from the phase's activations, still in the room, and their sum of squares."""
     H: tl.constexpr = D // N
-    parts: tl.constexpr = N // CU
-    exists = unit < num_units
-    unit = tl.minimum(unit, num_units - 1)
-    head = unit // parts
-    o_n, o_v = tl.arange(0, N)[:, None], unit % parts * CU + tl.arange(0, CU)[None, :]
-    weight = tl.load(p_state + head * N * N + o_n * N + o_v, mask=(o_n < N) & exists, other=0.0, cache_modifier=".cg")
-    forget = normed_dot_packets(p_x, p_vector + head * D, D, EPS, BD) + tl.load(p_vector + H * D + head)
-    write = forget
+    o_k = tl.arange(0, BD)
+    bias = tl.load(p_w + H * D + head)
+    w = tl.load(p_w + head * D + o_k, mask=o_k < D, other=0.0)
     if DELTA:
-        p_write = p_vector + H * (D + 1)
-        write = normed_dot_packets(p_x, p_write + head * D, D, EPS, BD) + tl.load(p_write + H * D + head)
-    return weight, sigmoid(forget), sigmoid(write)
+        p_write = p_w + H * (D + 1)
+        write_bias = tl.load(p_write + H * D + head)
+        write_w = tl.load(p_write + head * D + o_k, mask=o_k < D, other=0.0)
+    if SINGLE:
+        x = value_of(tl.load(p_x + o_k, mask=o_k < D, other=0))
+    else:
+        x = get_still(still_put(room) + room_place(tl.minimum(o_k, D - 1)))
+    scale = tl.rsqrt(square / D + EPS)
+    if DELTA:
+        forget, write = sum_together((w * x, write_w * x), SINGLE)
+        return sigmoid(forget * scale + bias), sigmoid(write * scale + write_bias)
+    else:
+        forget = sigmoid(tl.sum(w * x, 0) * scale + bias)
+        return forget, forget
 
 
 @triton.jit
 def memory_packets(
-    unit, weight, forget, write, p_inner, p_group, p_y, p_state, p_lengths, step,
-    D: tl.constexpr, N: tl.constexpr, DELTA: tl.constexpr, EPS: tl.constexpr, CU: tl.constexpr, SINGLE: tl.constexpr,
+    unit, room, square, p_x, p_vector, p_inner, p_group, p_y, p_state, p_lengths, step,
+    D: tl.constexpr, N: tl.constexpr, DELTA: tl.constexpr, EPS: tl.constexpr, CU: tl.constexpr, BD: tl.constexpr,
+    SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """As `memory_unit`, for a single lane."""
-    parts: tl.constexpr = N // CU
-    head = unit // parts
-    o_n, o_v = tl.arange(0, N), unit % parts * CU + tl.arange(0, CU)
-    p_in = p_inner + head * N
-    q, k = receive((p_in + o_n, p_in + D + o_n), step + 1, 1, SINGLE)
-    v, gate = receive((p_in + 2 * D + o_v, p_in + 3 * D + o_v), step + 1, 1, SINGLE)
-    q, k = silu(q), silu(k)
+    """As `memory_unit`, for a single lane: CU value channels of a head.
+
+    What it reads beside q, k, v and the gate is asked for first, while those are on their way. Then one exchange
+    between warps is enough: with W the state before, f the forgetting, S what W becomes and u what is written to it,
+    S^T q = f W^T q + (k . q) u, and u needs W^T k alone, so all these products, and the norms of q and k, which are
+    factors, are summed at the same time. A thread has four neighbouring channels of Q rows of W.
+    """
+    PARTS: tl.constexpr = N // CU
+    NR: tl.constexpr = min(N, 64)
+    Q: tl.constexpr = N // NR
+    epoch = step + 1
+    head = unit // PARTS
+    o_n, o_g = tl.arange(0, NR)[:, None], tl.arange(0, CU // 4)[None, :] * 4
+    first = head * N + unit % PARTS * CU
+    p_w = p_state + head * N * N + unit % PARTS * CU + (o_n * N + o_g)
+    p_here = p_inner + first + (o_n * 0 + o_g)
+    p_head = p_inner + head * N + (o_n + o_g * 0)
+    w = ()
+    for i in tl.static_range(Q):
+        w = append(w, load_four(p_w + i * (NR * N), SINGLE))
     active = is_active(p_lengths, 0, True, step)
-    q *= tl.rsqrt(tl.sum(q * q, 0) + EPS)
-    k *= tl.rsqrt(tl.sum(k * k, 0) + EPS)
-    weight *= forget
-    if DELTA:
-        v = write * (v - tl.sum(weight * k[:, None], 0))
-    weight += k[:, None] * v[None, :]
-    read = tl.sum(weight * q[:, None], 0)
-    o_d = head * N + o_v
-    here = o_v >= 0
-    send_here(p_group + o_d, read, step + 1, here, SINGLE)
-    send_here(p_y + o_d, read * silu(gate), step + 1, here, SINGLE)
-    tl.store(p_state + head * N * N + o_n[:, None] * N + o_v[None, :], weight, mask=(o_n < N)[:, None] & active)
+    forget, write = unit_gates(room, p_x, square, p_vector, head, D, N, DELTA, EPS, BD, SINGLE)
+
+    p = (p_here + 2 * D, p_here + (2 * D + 2), p_here + 3 * D, p_here + (3 * D + 2))
+    for i in tl.static_range(Q):
+        p = append(append(p, p_head + i * NR), p_head + (D + i * NR))
+    got = receive_pairs(p, epoch, 4, SINGLE)
+    v = (got[0], got[4], got[1], got[5])
+    gate = (got[2], got[6], got[3], got[7])
+    q, k = silu(got[8]), silu(got[9])
+    ks = (k,)
+    w_q, w_k, norms = times(w[0], q), times(w[0], k), (q * q, k * k, q * k)  # type: ignore[misc]
+    for i in tl.static_range(1, Q):
+        q, k = silu(got[8 + 2 * i]), silu(got[9 + 2 * i])
+        ks = append(ks, k)
+        w_q, w_k = plus(w_q, times(w[i], q)), plus(w_k, times(w[i], k))
+        norms = (norms[0] + q * q, norms[1] + k * k, norms[2] + q * k)
+    sums = sum_together(w_q + norms + w_k if DELTA else w_q + norms, SINGLE)
+    q_factor, k_factor = tl.rsqrt(sums[4] + EPS)[None, :], tl.rsqrt(sums[5] + EPS)[None, :]
+    overlap = sums[6][None, :] * q_factor * k_factor
+    written, read = (), ()
+    for j in tl.static_range(4):
+        u = v[j]
+        if DELTA:
+            u = write * (u - forget * k_factor * sums[7 + j][None, :])
+        written = append(written, u)
+        read = append(read, forget * q_factor * sums[j][None, :] + overlap * u)
+
+    # All threads have all of it: four rows of them send what is read, and the next four the same behind the gate.
+    row = o_n & 3
+    here = tl.where(row < 2, tl.where(row == 0, read[0], read[1]), tl.where(row == 2, read[2], read[3]))  # type: ignore[misc]
+    by = tl.where(row < 2, tl.where(row == 0, gate[0], gate[1]), tl.where(row == 2, gate[2], gate[3]))
+    plain = o_n < 4
+    p_out = tl.where(plain, p_group, p_y) + first + (o_g + row)
+    send_here(p_out, tl.where(plain, here, here * silu(by)), epoch, (o_n < 8) & (o_g >= 0), SINGLE)
+
+    for i in tl.static_range(Q):
+        k = ks[i] * k_factor
+        new = ()
+        for j in tl.static_range(4):
+            new = append(new, forget * w[i][j] + k * written[j])  # type: ignore[misc]
+        store_four(p_w + i * (NR * N), new, active & (o_n >= 0) & (o_g >= 0), SINGLE)

@@ -74,47 +74,35 @@ def prefetch(p, SINGLE: tl.constexpr):
         )
 
 
-@triton.constexpr_function
-def poll_assembly(num_tensors, pack):
-    """Assembly that polls `pack` packets of each of some tensors until all bear the number in the last operand."""
-    count = num_tensors * pack
-    lines = [f"{{ .reg .pred p; .reg .u32 e<{count}>; .reg .b64 d<{count}>;", "POLL:"]
-    lines += [f"ld.relaxed.gpu.global.b64 d{i}, [${count + i}];" for i in range(count)]
-    lines += [f"mov.b64 {{${i}, e{i}}}, d{i};" for i in range(count)]
-    lines += ["setp.ne.u32 p, e0, $" + str(2 * count) + ";"]
-    lines += [f"setp.ne.or.u32 p, e{i}, ${2 * count}, p;" for i in range(1, count)]
-    return "\n".join([*lines, "@p bra POLL; }"])
-
-
-@triton.constexpr_function
-def poll_constraints(num_tensors, pack):
-    return ",".join(["=&r"] * (num_tensors * pack) + ["l"] * (num_tensors * pack) + ["r"] * pack)
+@triton.jit
+def load_four(p, SINGLE: tl.constexpr):
+    """Four float32 at each p, a multiple of 16 bytes, in the layout of p."""
+    if SINGLE:
+        return tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3)
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.relaxed.gpu.global.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", [p], dtype=(tl.float32,) * 4,
+            is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
-def receive(p_packets, epoch, PACK: tl.constexpr, SINGLE: tl.constexpr):
-    """Values at a tuple of pointers (of one shape), once all of a thread's bear the number `epoch`. PACK of each are
-    polled at once, all tensors together."""
-    COUNT: tl.constexpr = len(p_packets)
-    values = ()
+def store_four(p, values, mask, SINGLE: tl.constexpr):
+    """The inverse of `load_four`, from the threads that hold the values."""
     if SINGLE:
-        for i in tl.static_range(COUNT):
-            values = append(values, value_of(tl.load(p_packets[i])))
+        for i in tl.static_range(4):
+            tl.store(p + i, values[i], mask=mask)
     else:
-        epochs = tl.zeros(p_packets[0].shape, tl.int32) + epoch
-        bits = (epochs,) * COUNT
-        # A loop of one turn: the compiler would repeat the polling in each layout that its values are wanted in, but
-        # not a loop.
-        again = epoch
-        while again > 0:
-            bits = tl.inline_asm_elementwise(
-                poll_assembly(COUNT, PACK), poll_constraints(COUNT, PACK), append(p_packets, epochs),
-                dtype=(tl.int32,) * COUNT, is_pure=False, pack=PACK,
-            )  # fmt: skip
-            again = epoch * 0
-        for i in tl.static_range(COUNT):
-            values = append(values, bits[i].to(tl.float32, bitcast=True))
-    return values
+        operands = (p,)
+        for i in tl.static_range(4):
+            operands = append(operands, values[i].to(tl.int32, bitcast=True))
+        tl.inline_asm_elementwise(
+            """{ .reg .pred p;
+            setp.ne.u32 p, $6, 0;
+            @p st.relaxed.gpu.global.v4.b32 [$1], {$2, $3, $4, $5};
+            mov.u32 $0, 0; }""",
+            "=r,l,r,r,r,r,r", append(operands, mask.to(tl.int32)), dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.constexpr_function
@@ -138,20 +126,28 @@ def poll_pairs_constraints(pairs, singles):
 
 
 @triton.jit
-def receive_pairs(p_packets, epoch, PAIRS: tl.constexpr):
-    """As `receive`: values at the first PAIRS pointers, at multiples of 16 bytes, then those behind them, then those at
-    the other pointers."""
+def receive_pairs(p_packets, epoch, PAIRS: tl.constexpr, SINGLE: tl.constexpr = False):
+    """Values at a tuple of pointers (of one shape), once all of a thread's bear the number `epoch`: at the first PAIRS
+    pointers, at multiples of 16 bytes, then those behind them, then those at the other pointers."""
     SINGLES: tl.constexpr = len(p_packets) - PAIRS
-    epochs = tl.zeros(p_packets[0].shape, tl.int32) + epoch
-    bits = (epochs,) * (2 * PAIRS + SINGLES)
-    again = epoch
-    while again > 0:
-        bits = tl.inline_asm_elementwise(
-            poll_pairs_assembly(PAIRS, SINGLES), poll_pairs_constraints(PAIRS, SINGLES),
-            append(p_packets, epochs), dtype=(tl.int32,) * (2 * PAIRS + SINGLES), is_pure=False, pack=1,
-        )  # fmt: skip
-        again = epoch * 0
     values = ()
-    for i in tl.static_range(2 * PAIRS + SINGLES):
-        values = append(values, bits[i].to(tl.float32, bitcast=True))
+    if SINGLE:
+        for i in tl.static_range(2 * PAIRS + SINGLES):
+            SECOND: tl.constexpr = i >= PAIRS and i < 2 * PAIRS
+            p = p_packets[i - PAIRS if i >= PAIRS else i]
+            values = append(values, value_of(tl.load(p + (1 if SECOND else 0))))
+    else:
+        epochs = tl.zeros(p_packets[0].shape, tl.int32) + epoch
+        bits = (epochs,) * (2 * PAIRS + SINGLES)
+        # A loop of one turn: the compiler would repeat the polling in each layout that its values are wanted in, but
+        # not a loop.
+        again = epoch
+        while again > 0:
+            bits = tl.inline_asm_elementwise(
+                poll_pairs_assembly(PAIRS, SINGLES), poll_pairs_constraints(PAIRS, SINGLES),
+                append(p_packets, epochs), dtype=(tl.int32,) * (2 * PAIRS + SINGLES), is_pure=False, pack=1,
+            )  # fmt: skip
+            again = epoch * 0
+        for i in tl.static_range(2 * PAIRS + SINGLES):
+            values = append(values, bits[i].to(tl.float32, bitcast=True))
     return values

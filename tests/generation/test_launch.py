@@ -4,6 +4,7 @@ Runs in Triton's interpreter, a second or two a token, so brains are tiny and re
 ones widen both.
 """
 
+import dataclasses
 import gc
 import weakref
 
@@ -14,6 +15,7 @@ import torch
 from kernels.generate import PackedState, generate
 from kernels.generate.layout import BrainShape
 from kernels.generate.limits import check_shape
+from kernels.generate.tiles import choose_packets
 from kernels.sample import Sampling
 from neurogen import NeuroGen
 from neurogen.generation import Generation, Request
@@ -97,6 +99,24 @@ def test_the_launch_is_the_model(preset: str) -> None:
 @pytest.mark.parametrize("preset", list(SLOW_PRESETS))
 def test_the_launch_is_the_model_in_odd_brains(preset: str) -> None:
     check("fused", *SLOW_PRESETS[preset], 4)
+
+
+@pytest.mark.parametrize(
+    ("unit", "changes"),
+    [
+        (16, {"head_width": 64, "memory_rule": "delta"}),
+        (128, {"head_width": 128, "memory_rule": "hebbian"}),
+        (32, {"head_width": 128, "memory_rule": "delta"}),
+        (4, {"embedding_dim": 48, "memory_rule": "hebbian"}),
+    ],
+)
+def test_a_head_is_cut_into_units_of_value_channels(monkeypatch: pytest.MonkeyPatch, unit: int, changes: dict) -> None:
+    monkeypatch.setattr(
+        "kernels.generate.fused.choose_packets", lambda *args: dataclasses.replace(choose_packets(*args), CU=unit)
+    )
+    width = max(changes.get("head_width", 16), 16)
+    sizes = {"embedding_dim": width, "column_width": min(width, 64), "wernicke_depth": 0, "broca_depth": 0}
+    check("fused", {**sizes, **changes}, {}, 1, 2)
 
 
 @pytest.mark.slow
