@@ -201,7 +201,9 @@ def memory_packets(
     p_head = p_inner + head * N + (o_n + o_g * 0)
     w = ()
     for i in tl.static_range(Q):
-        w = append(w, load_four(p_w + i * (NR * N), SINGLE))
+        # Not `append`: Triton 3.6 names a compiled function by its arguments with their tuples opened, so one tuple and
+        # four numbers are the same call to it.
+        w = w + (load_four(p_w + i * (NR * N), SINGLE),)  # noqa: RUF005
     active = is_active(p_lengths, 0, True, step)
     forget, write = unit_gates(room, p_x, square, p_vector, head, D, N, DELTA, EPS, BD, SINGLE)
 
