@@ -3,7 +3,7 @@
     python scripts/benchmark.py suite=kernels                  # docs/benchmarks/kernels.json
     python scripts/benchmark.py suite=training device=cuda
     python scripts/benchmark.py suite=generation 'only="base, context 128, batch 1,"'
-    python scripts/benchmark.py suite=kernels 'only=cortex|relay' provider=neurogen seconds=3
+    python scripts/benchmark.py suite=kernels 'only=cortex|relay' 'provider=neurogen|cuDNN' seconds=3
     python scripts/benchmark.py suite=kernels size=test device=cpu output=results.json    # tries the suite itself
 
 Each contender is checked where it computes our function, warmed up, and then takes turns with the others; a peer that
@@ -33,6 +33,11 @@ def describe(row: Row) -> str:
     return f"{row.median * 1e3:10.3f} ms  " + "  ".join(f"{name} {value:,.4g}" for name, value in row.extra.items())
 
 
+def matches(wanted: str | None, name: str) -> bool:
+    """Whether one of the parts, with | between them, is in the name; without any, yes."""
+    return not wanted or any(part in name for part in wanted.split("|"))
+
+
 def main(config: BenchmarkConfig) -> None:
     name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -42,9 +47,9 @@ def main(config: BenchmarkConfig) -> None:
     output = Path(config.output or f"docs/benchmarks/{config.suite}.json")
     torch.manual_seed(0)
     for case in SUITES[config.suite](small=config.size == "test"):
-        if config.only and not any(part in case.op for part in config.only.split("|")):
+        if not matches(config.only, case.op):
             continue
-        contenders = [c for c in case.contenders if config.provider is None or config.provider in c.provider]
+        contenders = [contender for contender in case.contenders if matches(config.provider, contender.provider)]
         if not contenders:
             continue
         rows = compare(

@@ -14,7 +14,7 @@ class BenchmarkConfig:
     suite: `kernels`, `training` or `generation`.
     size: `full` (the published shapes, on a GPU) or `test` (tiny, anywhere).
     only: part of an op's name, or several with | between them; null for all.
-    provider: part of a provider's name; null for all.
+    provider: part of a provider's name, or several likewise; null for all.
     seconds: of timing for each contender.
     output: a result file; null for docs/benchmarks/<suite>.json.
     """

@@ -20,7 +20,7 @@ from neurogen.models import LanguageModel
 from neurogen.training.optimizer import build_optimizer
 from neurogen.training.precision import Precision
 from neurogen.training.put_off import Overlap
-from neurogen.training.recorded import MOST_OVERLAPPED_TOKENS, NUM_PLAIN_STEPS, RecordedUpdate
+from neurogen.training.recorded import NUM_PLAIN_STEPS, RecordedUpdate
 from neurogen.training.update import Update
 
 
@@ -81,9 +81,7 @@ def cases(*, small: bool) -> Iterator[Case]:
         ]
         half = _brain_step(work, "fused", dtype, graph=True, moments="bfloat16")
         contenders.append(Contender("neurogen fused, CUDA graph, bfloat16 moments", half))
-        # Where the trainer does so by itself.
-        overlaps = (("", "float32"), (", bfloat16 moments", "bfloat16")) if tokens <= MOST_OVERLAPPED_TOKENS else ()
-        for name, moments in overlaps:
+        for name, moments in (("", "float32"), (", bfloat16 moments", "bfloat16")):
             overlapped = _brain_step(work, "fused", dtype, graph=True, moments=moments, overlap=Overlap())
             contenders.append(Contender(f"neurogen fused, CUDA graph, update overlapped{name}", overlapped))
         contenders.append(Contender("GPT, torch.compile", _gpt_step(work, dtype)))
