@@ -182,10 +182,12 @@ class NeuroGen(nn.Module):
         stop: Sequence[int] = (),
         state: BrainState | None = None,
         seen: Tensor | None = None,
+        weights: str | None = None,
     ) -> Generation:
         """Continue prompts: ids `[B, T]`, or B rows of ids of any lengths; see `neurogen.generation.generate` and
-        `neurogen.generation.generate_prompts`. `do_sample=False` takes the most likely token. The result's `log_probs`
-        are the model's own, before penalty, temperature and filters."""
+        `neurogen.generation.generate_prompts`. `do_sample=False` takes the most likely token. `weights="int8"` draws
+        one lane's tokens from rounded matrices. The result's `log_probs` are the model's own, before penalty,
+        temperature and filters."""
         temperature = temperature if do_sample else 0.0
         if isinstance(input_ids, Tensor) and len(input_ids) <= GROUP_LANES and seen is None:
             return generate(
@@ -200,6 +202,7 @@ class NeuroGen(nn.Module):
                 seed=seed,
                 stop=stop,
                 state=state,
+                weights=weights,
             )
         return generate_prompts(
             self,
@@ -216,6 +219,7 @@ class NeuroGen(nn.Module):
             stop=stop,
             state=state,
             seen=seen,
+            weights=weights,
         )
 
     def generate_stream(
@@ -233,6 +237,7 @@ class NeuroGen(nn.Module):
         seed: int = 0,
         stop: Sequence[int] = (),
         state: BrainState | None = None,
+        weights: str | None = None,
     ) -> Iterator[Generation]:
         """Continue prompts piece by piece; see `neurogen.generation.generate_stream`."""
         sampling = make_sampling(
@@ -251,6 +256,7 @@ class NeuroGen(nn.Module):
             seed=seed,
             stop=stop,
             state=state,
+            weights=weights,
         )
 
     def num_parameters(self) -> int:

@@ -16,6 +16,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 from neurogen.config.chat_config import ChatConfig
 from neurogen.config.script import run_script
 from neurogen.generation.chat import ChatSettings, Conversation, StandardTerminal, run_chat
+from neurogen.generation.fit import check_weights
 from neurogen.generation.request import make_sampling
 from neurogen.generation.text import TextGenerator
 from neurogen.training.trained import load_trained
@@ -36,8 +37,11 @@ def main(config: ChatConfig) -> None:
             repetition_penalty=config.repetition_penalty,
         ),
         seed=config.seed,
+        weights=config.weights,
     )
-    generator = TextGenerator(trained.brain(), trained.tokenizer, trained.starts_documents)
+    model = trained.brain()
+    check_weights(model, config.weights, 1)
+    generator = TextGenerator(model, trained.tokenizer, trained.starts_documents)
     conversation = Conversation(generator, settings)
     if config.load is not None:
         conversation.load(config.load)

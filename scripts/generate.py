@@ -46,6 +46,7 @@ def main(config: GenerateConfig) -> None:
             seed=config.seed,
             num_samples=config.num_samples,
             stop=config.stop,
+            weights=config.weights,
         )
     seconds = time.perf_counter() - start
     num_tokens = sum(reply.num_tokens for reply in replies)

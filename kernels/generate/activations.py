@@ -128,7 +128,10 @@ def get_sum(place, COUNT: tl.constexpr):
 
 
 @triton.jit
-def gather_blocks(room, p_packets, epoch, K: tl.constexpr, CH: tl.constexpr, START: tl.constexpr, COUNT: tl.constexpr):
+def gather_blocks(
+    room, p_packets, epoch, K: tl.constexpr, CH: tl.constexpr, START: tl.constexpr, COUNT: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
     """Put COUNT blocks of CH channels into the room, and return their squares `[CH // 2]`, of two channels each."""
     o_k = tl.arange(0, CH // 2) * 2
     p = ()
@@ -139,7 +142,7 @@ def gather_blocks(room, p_packets, epoch, K: tl.constexpr, CH: tl.constexpr, STA
     for i in tl.static_range(COUNT):
         o_c = (START + i) * CH + o_k
         first, second = tl.where(o_c < K, values[i], 0.0), tl.where(o_c < K, values[COUNT + i], 0.0)
-        put_pair(room + room_place(o_c), first, second)
+        put_pair(room + room_place(o_c), first * UNIT, second * UNIT)
         squares += first * first + second * second
     return squares
 
@@ -147,14 +150,14 @@ def gather_blocks(room, p_packets, epoch, K: tl.constexpr, CH: tl.constexpr, STA
 @triton.jit
 def gather_channels(
     room, sums, p_packets, epoch, K: tl.constexpr, SQUARE: tl.constexpr, PART: tl.constexpr, CH: tl.constexpr,
-    U: tl.constexpr,
+    U: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Put all K channels into the room, and zeros behind them to the end of a turn. Returns the room, once all is
-    there, and with SQUARE the sum of their squares."""
+    """Put all K channels, times UNIT, into the room, and zeros behind them to the end of a turn. Returns the room, once
+    all is there, and with SQUARE the sum of the channels' squares."""
     BLOCKS: tl.constexpr = (K + CH - 1) // CH
     squares = tl.zeros([CH // 2], tl.float32)
     for start in tl.static_range(0, BLOCKS, 8):
-        squares += gather_blocks(room, p_packets, epoch, K, CH, start, blocks_left(K, CH, start, 8))
+        squares += gather_blocks(room, p_packets, epoch, K, CH, start, blocks_left(K, CH, start, 8), UNIT)
     put_zeros(room, CH, BLOCKS, room_channels(K, 1, CH, U) // CH)
     total = tl.full([], 0.0, tl.float32)
     if SQUARE:
@@ -169,6 +172,7 @@ def gather_channels(
 def gather_normed_blocks(
     room, sums, p_packets, p_group, p_gate, epoch, gated, D: tl.constexpr, GO: tl.constexpr, WIDTH: tl.constexpr,
     PART: tl.constexpr, EPS: tl.constexpr, CH: tl.constexpr, START: tl.constexpr, COUNT: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     o_k = tl.arange(0, CH // 2) * 2
     PARTS: tl.constexpr = WIDTH // PART
@@ -193,22 +197,22 @@ def gather_normed_blocks(
         factor = tl.rsqrt(total / WIDTH + EPS)
         if GO:
             factor = tl.where(gated, factor * values[4 * COUNT + i], factor)
-        factor = tl.where(o_c < D, factor, 0.0)
+        factor = tl.where(o_c < D, factor * UNIT, 0.0)
         put_pair(room + room_place(o_c), values[i] * factor, values[2 * COUNT + i] * factor)
 
 
 @triton.jit
 def gather_normed(
     room, sums, p_packets, p_group, p_gate, epoch, gated, D: tl.constexpr, GO: tl.constexpr, WIDTH: tl.constexpr,
-    PART: tl.constexpr, EPS: tl.constexpr, CH: tl.constexpr, U: tl.constexpr,
+    PART: tl.constexpr, EPS: tl.constexpr, CH: tl.constexpr, U: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Put `p_packets` `[D]`, times the RMS factor of its group of WIDTH channels in `p_group` `[D]` and, if `gated`,
-    its gate, into the room. Squares are summed over PART channels within a warp, and these sums put at `sums`."""
+    """Put `p_packets` `[D]`, times the RMS factor of its group of WIDTH channels in `p_group` `[D]`, UNIT and, if
+    `gated`, its gate, into the room. Squares are summed over PART channels within a warp, and these sums put at `sums`."""
     BLOCKS: tl.constexpr = (D + CH - 1) // CH
     for start in tl.static_range(0, BLOCKS, 4):
         gather_normed_blocks(
             room, sums, p_packets, p_group, p_gate, epoch, gated,
-            D, GO, WIDTH, PART, EPS, CH, start, blocks_left(D, CH, start, 4),
+            D, GO, WIDTH, PART, EPS, CH, start, blocks_left(D, CH, start, 4), UNIT,
         )  # fmt: skip
     put_zeros(room, CH, BLOCKS, room_channels(D, 1, CH, U) // CH)
     return all_put(room)

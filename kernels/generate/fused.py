@@ -11,9 +11,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import kernels.launch  # noqa: F401  first: it chooses the interpreter
 from kernels.generate.kernel import generate_kernel
 from kernels.generate.layout import BrainShape, GenerateOutput, PackedBrain, PackedState
-from kernels.generate.limits import check_shape
+from kernels.generate.limits import check_quantized, check_shape
 from kernels.generate.packet_kernel import packet_kernel
-from kernels.generate.stream import stream_table, tile_weights
+from kernels.generate.stream import stream_table, tile_weights, turn_scales
 from kernels.generate.stream_kernel import stream_kernel
 from kernels.generate.tiles import (
     MAX_PACKET_LANES,
@@ -27,6 +27,7 @@ from kernels.generate.tiles import (
     choose_tiles,
     packet_room,
 )
+from kernels.generate.weight_bytes import BYTE_SUM, as_bytes
 from kernels.launch import INTERPRETED, check_launchable
 from kernels.sample import Sampling
 
@@ -51,6 +52,9 @@ def generate_fused(
     check_shape(shape, num_lanes)
     num_programs = 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
     is_stream = num_lanes <= MAX_STREAM_LANES
+    is_int8 = brain.scales is not None
+    if is_int8:
+        check_quantized(shape, num_lanes)
     dtype = brain.matrices.dtype
     tiles: PacketTiles | StreamTiles | Tiles
     packets = packet_tiles or choose_packets(shape, dtype, num_programs)
@@ -87,12 +91,14 @@ def generate_fused(
         if isinstance(tiles, PacketTiles):
             tiled = _tiled(brain, tiles.R, tiles.NH, tiles.NI, tiles.KS)
             table = stream_table(shape, num_programs, tiles.R, tiles.channels, device, together=tiles.U)
+            scales = _turn_scales(brain, table, tiles.R)
             scratch = _packet_scratch(shape, num_programs, filtered, device)
         else:
             tiled = _tiled(brain, tiles.R, tiles.NB, 1, tiles.KS).squeeze(3)
             table = stream_table(shape, num_programs, tiles.R, tiles.NB * tiles.KS, device)
             scratch = _stream_scratch(shape, tiles, num_lanes, num_programs, filtered, brain.matrices)
         weights = [brain.embedding, TensorDescriptor.from_tensor(tiled, [1, *tiled.shape[1:]]), brain.vectors]
+        weights += [scales] if is_packets else []
     low, high = (_signed(seed & 0xFFFFFFFF), _signed((seed >> 32) & 0xFFFFFFFF))
 
     kernel = packet_kernel if is_packets else stream_kernel if is_stream else generate_kernel
@@ -143,6 +149,7 @@ def generate_fused(
         **filters,
         BS=triton.next_power_of_2(max(len(stop_ids), 1)),
         SINGLE=num_programs == 1,
+        **({"INT8": is_int8} if is_packets else {}),
         **tiles.constexprs(),
         num_warps=tiles.num_warps,
         launch_cooperative_grid=not INTERPRETED,
@@ -155,16 +162,28 @@ def generate_fused(
     return GenerateOutput(ids[:, shape.num_taps :].gather(1, column), log_probs, reads, new_state)
 
 
-# A brain's tiles, for as long as its packed weights live.
+# A brain's tiles, and its scales in the order of turns, for as long as its packed weights live.
 _tiles: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _tiled(brain: PackedBrain, *size: int) -> Tensor:
-    """The brain's weights in tiles, which are made once."""
+    """The brain's weights in tiles, which are made once; int8 ones as the bytes that the launch multiplies."""
     of_brain = _tiles.setdefault(brain.matrices, {})
     if size not in of_brain:
-        of_brain[size] = tile_weights(brain.shape, brain.matrices, brain.decoder, *size)
+        tiles = tile_weights(brain.shape, brain.matrices, brain.decoder, *size)
+        of_brain[size] = tiles if brain.scales is None else as_bytes(tiles)
     return of_brain[size]
+
+
+def _turn_scales(brain: PackedBrain, table: Tensor, rows: int) -> Tensor:
+    """What each turn's sums are multiplied by, made once too; something of float32 where they are left as they are."""
+    if brain.scales is None:
+        return brain.vectors
+    of_brain = _tiles.setdefault(brain.matrices, {})
+    key = ("scales", *table.shape, rows)
+    if key not in of_brain:
+        of_brain[key] = turn_scales(brain.shape, table, brain.scales * BYTE_SUM, rows)
+    return of_brain[key]
 
 
 def _signed(word: int) -> int:

@@ -104,13 +104,18 @@ def _aligned(size: int) -> int:
 
 class PackedBrain(NamedTuple):
     """A brain's weights: embedding and decoder `[V, D]`, matrices `[shape.matrices_size]`, all of one type, and vectors
-    `[shape.vectors_size]` float32."""
+    `[shape.vectors_size]` float32.
+
+    With `scales` the decoder and the matrices are int8, and scales float32: a factor for each row of the matrices, in
+    their order, and then of the decoder.
+    """
 
     shape: BrainShape
     embedding: Tensor
     decoder: Tensor
     matrices: Tensor
     vectors: Tensor
+    scales: Tensor | None = None
 
 
 class PackedState(NamedTuple):

@@ -1,6 +1,10 @@
 """What the generating launch can hold."""
 
+import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
+import torch
+
 from kernels.generate.layout import BrainShape
+from kernels.generate.tiles import MAX_PACKET_LANES, MAX_ROOM_BYTES, choose_packets, packet_room
 
 MAX_LANES = 64
 SPIKES = ("graded", "binary")  # a smooth unit is a yardstick for training; it is generated from token by token
@@ -17,3 +21,16 @@ def check_shape(shape: BrainShape, num_lanes: int) -> None:
         raise ValueError(f"generate: width {shape.width} and mlp_width {shape.mlp_width} must be multiples of 16")
     if not 1 <= num_lanes <= MAX_LANES:
         raise ValueError(f"generate: {num_lanes} lanes; one launch takes 1 to {MAX_LANES}")
+
+
+def check_quantized(shape: BrainShape, num_lanes: int) -> None:
+    """Raise ValueError unless the launch can hold such a brain in 8 bits, and so many lanes."""
+    check_shape(shape, num_lanes)
+    if num_lanes > MAX_PACKET_LANES:
+        raise ValueError(f"generate: {num_lanes} lanes; int8 weights are for one")
+    tiles = choose_packets(shape, torch.int8, 132)
+    if packet_room(shape, tiles.channels, tiles.U) > MAX_ROOM_BYTES:
+        raise ValueError(
+            f"generate: width {shape.width} and mlp_width {shape.mlp_width} are too much for int8 weights; a phase's "
+            f"activations must fit {MAX_ROOM_BYTES // 1024} KB"
+        )

@@ -34,12 +34,13 @@ from kernels.generate.packets import append, send_here, store_here, value_of
 from kernels.generate.sampling import all_ended, filtered_winner, race_logits, record, winner
 from kernels.generate.stream import CORTEX_IN, DECODE, MEMORY_IN, MLP_IN, MLP_OUT, OUT
 from kernels.generate.stream_phases import arrive, block_barrier, wait
+from kernels.generate.weight_bytes import activation_unit, in_units, weight_of
 
 
 @triton.jit(do_not_specialize=["num_wernicke", "num_memory", "num_broca", "seed_low", "seed_high", "top_k", "limit",
                                "num_ids", "num_stop", "num_tiles", "zero"])  # fmt: skip
 def packet_kernel(
-    p_embedding, d_tiles, p_vectors,
+    p_embedding, d_tiles, p_vectors, p_scales,
     p_ids, p_log_probs, p_lengths, p_seen, p_stop, p_lanes, p_positions, p_cortex, p_memory,
     p_packets, p_candidate, p_candidate_id, p_logits, p_counter, p_table,
     num_wernicke, num_memory, num_broca, num_ids, num_stop, limit, seed_low, seed_high,
@@ -50,12 +51,15 @@ def packet_kernel(
     GREEDY: tl.constexpr, PENALTY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
     R: tl.constexpr, NH: tl.constexpr, NI: tl.constexpr, KS: tl.constexpr, U: tl.constexpr,
     CU: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
-    BRACE: tl.constexpr, TOKENS: tl.constexpr, P: tl.constexpr, SINGLE: tl.constexpr,
+    BRACE: tl.constexpr, TOKENS: tl.constexpr, P: tl.constexpr, INT8: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Read the token at ids[TAPS - 1], draw the next, and so on until `limit` tokens are drawn or the lane ended.
 
     Scratch: packets of int64 as `kernels.generate.packets` orders them, zeros at first; candidate `[2, 4, P]` and
     candidate_id `[2, P]`, logits `[V]` or with a filter `[3, V]`, counter `[1]`, zero at first.
+
+    With INT8 tiles are bytes (`kernels.generate.weight_bytes`) and scales `[P, T, R]` say what a turn's sums are
+    multiplied by when they leave; otherwise scales are not read.
     """
     FILTER: tl.constexpr = (TOP_K or TOP_P or MIN_P) and not GREEDY
     cortex_vectors: tl.constexpr = (D * (C + 2) + 63) // 64 * 64
@@ -68,6 +72,7 @@ def packet_kernel(
     CH: tl.constexpr = NH * NI * KS
 
     PART: tl.constexpr = min(C, N, 64)
+    UNIT: tl.constexpr = activation_unit(INT8)
     room = shared_room(room_bytes(D, M, CH, U, PART), SINGLE)
     p_sums = room + room_channels(D, M, CH, U) * 9 // 2
 
@@ -78,8 +83,12 @@ def packet_kernel(
 
     o_r = tl.arange(0, R)
     p_table += tl.program_id(0) * num_tiles * 2
+    p_scales += tl.program_id(0) * num_tiles * R
     while step < limit:
         x = (tl.zeros([NH, 1, NI, KS], tl.float32),) * U
+        if INT8:
+            excess = tl.zeros([NH, 1, NI, KS], tl.float32)
+            row = tl.full([], 0, tl.int32)
         square = tl.full([], 0.0, tl.float32)
         sums = tl.zeros([R], tl.float32)
         held, before, new = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
@@ -113,6 +122,12 @@ def packet_kernel(
             is_memory = (layer >= num_wernicke) & (layer < num_wernicke + num_memory)
             is_gated = layer >= num_wernicke + num_memory
             epoch = step + 1
+            if INT8:
+                # Asked for here, so that it is there when the sums are.
+                scale = tl.zeros([R], tl.float32)
+                if flags & 2:
+                    scale = tl.load(p_scales + row + o_r)
+                row = tl.where(row + R == num_tiles * R, 0, row + R)
             cortex_before = tl.minimum(layer, num_wernicke) + tl.maximum(layer - num_wernicke - num_memory, 0)
             memory_before = tl.minimum(tl.maximum(layer - num_wernicke, 0), num_memory)
             p_vector = p_vectors + cortex_before * cortex_vectors + memory_before * memory_vectors
@@ -166,37 +181,41 @@ def packet_kernel(
                             gated = is_gated & (not is_memory)
                             ready = gather_normed(
                                 room, p_sums, p_layer + D, p_layer + 2 * D, p_go, epoch, gated,
-                                D, GO, C, PART, EPS, CH, U,
+                                D, GO, C, PART, EPS, CH, U, UNIT,
                             )  # fmt: skip
                         elif is_memory:
                             ready = gather_normed(
                                 room, p_sums, p_layer + D, p_layer + 2 * D, p_go, epoch, False,
-                                D, False, N, PART, EPS, CH, U,
+                                D, False, N, PART, EPS, CH, U, UNIT,
                             )  # fmt: skip
                         else:
                             ready = gather_normed(
                                 room, p_sums, p_layer + D, p_layer + 2 * D, p_go, epoch, is_gated,
-                                D, GO, C, PART, EPS, CH, U,
+                                D, GO, C, PART, EPS, CH, U, UNIT,
                             )  # fmt: skip
                     elif kind == MLP_OUT:
-                        ready, _ = gather_channels(room, p_sums, p_layer + 4 * D, epoch, M, False, PART, CH, U)
+                        ready, _ = gather_channels(room, p_sums, p_layer + 4 * D, epoch, M, False, PART, CH, U, UNIT)
                     else:
                         ready, square = gather_channels(
-                            room, p_sums, p_layer + tl.where(kind == MLP_IN, 3 * D, 0), epoch, D, True, PART, CH, U
+                            room, p_sums, p_layer + tl.where(kind == MLP_IN, 3 * D, 0), epoch, D, True, PART, CH, U, UNIT
                         )
                     x = room_channels_of(ready, first, NH, NI, KS, U)
+                if INT8:
+                    x, excess = in_units(x, UNIT, U, SINGLE)
                 if GO:  # noqa: SIM102, one is decided when compiled
                     if (kind == CORTEX_IN) & (layer == num_wernicke + num_memory) & (chunk == 0):
                         block_barrier(SINGLE)
                         send_gates(p_layer, p_go, p_go_vector, epoch, D, D // C, EPS, BD)
 
-            products = w[0].to(tl.float32) * x[0]  # type: ignore[misc]
+            products = weight_of(w[0], INT8, SINGLE) * x[0]  # type: ignore[misc]
+            if INT8:
+                products += excess
             for u in tl.static_range(1, U):
-                products += w[u].to(tl.float32) * x[u]
+                products += weight_of(w[u], INT8, SINGLE) * x[u]
             sums = tl.where(chunk == 0, 0.0, sums) + tl.sum(tl.sum(tl.sum(products, 3), 2), 0)
 
             if flags & 2:
-                out = sums
+                out = sums * scale if INT8 else sums
                 if (kind == OUT) | (kind == MLP_OUT):
                     p_out = p_layer + tl.where(kind == OUT, 3 * D, per_layer)
                     send_here(p_out + o_n, before + out, epoch, mask, SINGLE)
@@ -223,6 +242,8 @@ def packet_kernel(
 
                 if flags & 4:
                     if kind == DECODE:
+                        if INT8:
+                            excess = tl.zeros([NH, 1, NI, KS], tl.float32)  # not kept while a token is drawn
                         # Candidates in turn in two places: a program may still read the last token's.
                         p_best, p_best_id = p_candidate + (step & 1) * (4 * P), p_candidate_id + (step & 1) * P
                         block_barrier(SINGLE)
@@ -255,7 +276,7 @@ def packet_kernel(
                         while unit < num_units:
                             memory_packets(
                                 unit, room, square, p_layer, p_vector, p_layer + (4 * D + M), p_layer + 2 * D,
-                                p_layer + D, p_fast, p_lengths, step, D, N, DELTA, EPS, CU, BD, SINGLE,
+                                p_layer + D, p_fast, p_lengths, step, D, N, DELTA, EPS, CU, BD, UNIT, SINGLE,
                             )  # fmt: skip
                             unit += P
                     # What a thread stored may be read by another of this program.

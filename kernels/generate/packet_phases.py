@@ -152,9 +152,11 @@ def sum_together(values, SINGLE: tl.constexpr):
 @triton.jit
 def unit_gates(
     room, p_x, square, p_w, head,
-    D: tl.constexpr, N: tl.constexpr, DELTA: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr, SINGLE: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, DELTA: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr,
+    SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """A head's forget and write gates, from the phase's activations, still in the room, and their sum of squares."""
+    """A head's forget and write gates, from the phase's activations, still in the room in terms of UNIT, and their sum
+    of squares."""
     H: tl.constexpr = D // N
     o_k = tl.arange(0, BD)
     bias = tl.load(p_w + H * D + head)
@@ -166,7 +168,7 @@ def unit_gates(
     if SINGLE:
         x = value_of(tl.load(p_x + o_k, mask=o_k < D, other=0))
     else:
-        x = get_still(still_put(room) + room_place(tl.minimum(o_k, D - 1)))
+        x = get_still(still_put(room) + room_place(tl.minimum(o_k, D - 1))) * (1 / UNIT)
     scale = tl.rsqrt(square / D + EPS)
     if DELTA:
         forget, write = sum_together((w * x, write_w * x), SINGLE)
@@ -180,7 +182,7 @@ def unit_gates(
 def memory_packets(
     unit, room, square, p_x, p_vector, p_inner, p_group, p_y, p_state, p_lengths, step,
     D: tl.constexpr, N: tl.constexpr, DELTA: tl.constexpr, EPS: tl.constexpr, CU: tl.constexpr, BD: tl.constexpr,
-    SINGLE: tl.constexpr,
+    UNIT: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """As `memory_unit`, for a single lane: CU value channels of a head.
 
@@ -205,7 +207,7 @@ def memory_packets(
         # four numbers are the same call to it.
         w = w + (load_four(p_w + i * (NR * N), SINGLE),)  # noqa: RUF005
     active = is_active(p_lengths, 0, True, step)
-    forget, write = unit_gates(room, p_x, square, p_vector, head, D, N, DELTA, EPS, BD, SINGLE)
+    forget, write = unit_gates(room, p_x, square, p_vector, head, D, N, DELTA, EPS, BD, UNIT, SINGLE)
 
     p = (p_here + 2 * D, p_here + (2 * D + 2), p_here + 3 * D, p_here + (3 * D + 2))
     for i in tl.static_range(Q):

@@ -10,6 +10,7 @@ from kernels.cortex import CortexState
 from kernels.cortex.reference import cortex_reference
 from kernels.gated_norm.reference import gated_norm_reference
 from kernels.generate.layout import BrainShape, GenerateOutput, PackedBrain, PackedState
+from kernels.generate.quantized import dequantized
 from kernels.memory.reference import memory_reference
 from kernels.precision import rms_normalize
 from kernels.relay.reference import relay_reference
@@ -31,7 +32,7 @@ def generate_reference(
     """Read one token a lane, draw the next, and so on, until N tokens are drawn or every lane has met a stop token.
 
     Arguments:
-        brain: weights.
+        brain: weights; int8 ones count as what their scales make of them, in float32.
         state: of B lanes, before `token_ids`; left as it is.
         token_ids: `[B]` int64, the first token each lane reads.
         sampling: how tokens are drawn.
@@ -44,6 +45,7 @@ def generate_reference(
     Returns:
         GenerateOutput.
     """
+    brain = dequantized(brain)
     position, recent_ids, cortex, fast_weight = (tensor.clone() for tensor in state)
     seen = None if seen is None else seen.clone()
     lengths = torch.zeros_like(token_ids)

@@ -93,6 +93,24 @@ def tile_weights(
     return torch.cat(pieces)
 
 
+def turn_scales(shape: BrainShape, table: Tensor, scales: Tensor, rows: int) -> Tensor:
+    """The scales of a turn's rows, `[P, T, rows]`, of one for each row of the matrices and then of the decoder; 0 past
+    the last row. The table is that of `stream_table`."""
+    use = table[..., 1]
+    layer, kind, half, left = (use >> 24) & 4095, (use >> 4) & 7, (use >> 3) & 1, (use >> 14) & 1023
+    first_row = torch.zeros(shape.num_cortex + shape.num_memory + 1, 6, dtype=torch.int64)
+    rows_of_half = torch.zeros_like(first_row)
+    total = 0
+    for of_kind, of_layer, _, num_rows, _, halves in _matrices(shape):
+        first_row[of_layer, of_kind], rows_of_half[of_layer, of_kind] = total, num_rows
+        total += num_rows * halves
+    first_row, rows_of_half = first_row.to(table.device), rows_of_half.to(table.device)
+    start = first_row[layer, kind] + half * rows_of_half[layer, kind] + (use >> 36)
+    row = torch.arange(rows, device=table.device)
+    index = (start[..., None] + row).clamp(max=len(scales) - 1)
+    return torch.where(row < left[..., None], scales[index], 0.0)
+
+
 def _matrices(shape: BrainShape) -> list[tuple[int, int, int, int, int, int]]:
     """In the order they are read: what a matrix is for, its layer, its offset in `matrices`, its rows, its channels and
     whether it is a pair."""

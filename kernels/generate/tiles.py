@@ -211,6 +211,7 @@ class PacketTiles:
 
 _MOST_TOGETHER = 4  # tiles of a turn
 _TURN_BYTES = 64 * 1024  # at most
+_MOST_BYTE_TILES = 18  # in flight: the loop's beginning asks for them one by one, and more take its registers
 _SHARED_BYTES = 218 * 1024  # for tiles in flight and activations
 MAX_ROOM_BYTES = 48 * 1024
 
@@ -226,14 +227,15 @@ def choose_packets(
     dtype: torch.dtype,
     num_programs: int,
     *,
+    rows: int | None = None,
     channels: int | None = None,
     together: int | None = None,
     ring_bytes: int = _RING_BYTES,
     num_warps: int = 8,
 ) -> PacketTiles:
     """Tiles for one lane: if it goes, a turn takes all channels of width D, in the fewest and least padded tiles."""
-    group = max(shape.column_width, shape.head_width)
-    rows, largest = (_INTERPRETED_TILE, _INTERPRETED_TILE) if num_programs == 1 else (16, 512)
+    group = max(shape.column_width, shape.head_width, 32 // dtype.itemsize)  # a slice has 32 bytes at least
+    rows, largest = (_INTERPRETED_TILE, _INTERPRETED_TILE) if num_programs == 1 else (rows or 16, 512)
     most_bytes = 2**30 if num_programs == 1 else _TURN_BYTES
     if channels is None:
         sizes = [largest >> i for i in range(10) if largest >> i >= group] or [group]
@@ -257,6 +259,9 @@ def choose_packets(
             unit //= 2
     slice_channels = min(128 // dtype.itemsize, channels)
     inner = min(4, channels // slice_channels)
+    num_turns = min(15, ring_bytes // (together * rows * channels * dtype.itemsize))
+    if dtype.itemsize == 1:
+        num_turns = min(num_turns, _MOST_BYTE_TILES // together)
     return PacketTiles(
         R=rows,
         NH=channels // slice_channels // inner,
@@ -269,6 +274,6 @@ def choose_packets(
         BP=triton.next_power_of_2(num_programs),
         BRACE=min(512, triton.next_power_of_2(triton.cdiv(triton.cdiv(shape.vocab_size, rows), num_programs) * rows)),
         P=num_programs,
-        STAGES=max(2, min(16, ring_bytes // (together * rows * channels * dtype.itemsize) + 1)),
+        STAGES=max(1, num_turns) + 1,
         num_warps=num_warps,
     )

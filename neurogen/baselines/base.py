@@ -119,12 +119,16 @@ class Baseline(nn.Module):
         repetition_penalty: float = 1.0,
         seed: int = 0,
         stop: Sequence[int] = (),
+        weights: str | None = None,
     ) -> Generation:
         """Continue prompts `[B, T]`, T >= 1; arguments and draws are those of `NeuroGen.generate`.
 
         Raises:
-            UserError: a prompt, an id or a sampling setting is out of range.
+            UserError: a prompt, an id or a sampling setting is out of range, or there are `weights`, which are for a
+                brain.
         """
+        if weights is not None:
+            raise UserError(f"weights={weights}: only a brain's matrices are rounded; leave it out here")
         check_prompt(input_ids, self.vocab_size, max_new_tokens)
         sampling = make_sampling(
             temperature=temperature if do_sample else 0.0,

@@ -18,6 +18,7 @@ class ChatConfig:
     template: what the model reads of a message, which stands at {message}.
     stop: strings that end a reply.
     chunk_tokens: tokens of a launch, between two looks at the terminal.
+    weights: `int8` to draw tokens from rounded matrices (mode fused); None leaves them as they are.
     """
 
     checkpoint: str
@@ -35,10 +36,13 @@ class ChatConfig:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
         one_of("dtype", self.dtype, DTYPES)
+        if self.weights is not None:
+            one_of("weights", self.weights, ("int8",))
         in_range("max_new_tokens", self.max_new_tokens, least=1)
         in_range("chunk_tokens", self.chunk_tokens, least=1)
         in_range("temperature", self.temperature, least=0)

@@ -53,6 +53,7 @@ class GenerateConfig:
     num_samples: replies to the prompt, side by side.
     stop: strings that end a reply and are not shown.
     format: `text`, or `jsonl` for a JSON object a sample.
+    weights: `int8` to draw one reply's tokens from rounded matrices (mode fused); None leaves them as they are.
     """
 
     checkpoint: str
@@ -71,11 +72,14 @@ class GenerateConfig:
     format: str = "text"
     device: str = "auto"
     dtype: str = "auto"
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
         one_of("dtype", self.dtype, DTYPES)
         one_of("format", self.format, ("text", "jsonl"))
+        if self.weights is not None:
+            one_of("weights", self.weights, ("int8",))
         in_range("num_samples", self.num_samples, least=1)
         in_range("max_new_tokens", self.max_new_tokens, least=1)
         in_range("temperature", self.temperature, least=0)

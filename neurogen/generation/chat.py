@@ -57,6 +57,7 @@ class ChatSettings:
         stop: strings that end a reply.
         max_new_tokens: of a reply. chunk_tokens: between two looks at the terminal.
         sampling, seed: of the draws.
+        weights: what matrices are rounded to while tokens are drawn, see `neurogen.generation.generate`.
     """
 
     template: str = "{message}\n"
@@ -65,6 +66,7 @@ class ChatSettings:
     chunk_tokens: int = 8
     sampling: Sampling = Sampling(temperature=0.8)  # noqa: RUF009, it is frozen
     seed: int = 0
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         if "{message}" not in self.template:
@@ -102,6 +104,7 @@ class Conversation:
             seed=settings.seed,
             stop=settings.stop,
             state=self.state,
+            weights=settings.weights,
         )
         last: TextPiece | None = None
         try:

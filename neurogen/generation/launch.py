@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels.generate import generate
-from kernels.generate.limits import check_shape
+from neurogen.errors import UserError
+from neurogen.generation.fit import fits_launch
 from neurogen.generation.loop import PolledReader, token_loop
-from neurogen.generation.packing import brain_shape, pack_state, packed_brain, unpack_state
+from neurogen.generation.packing import pack_state, packed_brain, unpack_state
 from neurogen.generation.prompts import GROUP_LANES, read
 from neurogen.generation.request import Generation, Request
 
@@ -18,23 +19,13 @@ if TYPE_CHECKING:
     from neurogen.model import NeuroGen
 
 
-def fits_launch(model: NeuroGen) -> str | None:
-    """None if the launch can run this brain, otherwise why not, in one line."""
-    if model.config.token_shift:
-        return f"it has no model.token_shift, which is {model.config.token_shift} here"
-    try:
-        check_shape(brain_shape(model.config, model.vocab_size), 1)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 @torch.no_grad()
 def generate_in_one_launch(model: NeuroGen, request: Request, *, backend: str = "fused") -> Generation:
     """Continue the request's prompts, at most 64 lanes; see `neurogen.generation.generate`.
 
     The number of launches does not depend on the number of tokens, and nothing waits for the device. Matrices are read
-    in the type of torch.autocast where it is on, otherwise in the model's.
+    in the type of torch.autocast where it is on, otherwise in the model's, or with the request's `weights` in int8. All
+    of the prompt but its last token is read by the training kernels, from the weights as they are.
     """
     device = model.device
     assert request.input_ids.shape[0] <= GROUP_LANES
@@ -42,7 +33,7 @@ def generate_in_one_launch(model: NeuroGen, request: Request, *, backend: str = 
     dtype = torch.get_autocast_dtype(device.type) if autocast else None
     state = read(model, request.input_ids[:, :-1], request.state)
     out = generate(
-        packed_brain(model, dtype),
+        packed_brain(model, dtype, request.weights),
         pack_state(model, state),
         request.input_ids[:, -1],
         request.sampling,
@@ -58,8 +49,11 @@ def generate_in_one_launch(model: NeuroGen, request: Request, *, backend: str = 
 
 def launch_or_loop(model: NeuroGen, request: Request) -> Generation:
     """`generate_in_one_launch` where brain and device allow it, otherwise the token loop, with a warning that says why:
-    a device that cannot hold the launch's programs at once refuses it, it does not hang."""
-    reason = fits_launch(model)
+    a device that cannot hold the launch's programs at once refuses it, it does not hang.
+
+    With the request's `weights`, which the loop knows nothing of, that is a UserError.
+    """
+    reason = fits_launch(model, request.weights)
     if reason is None:
         try:
             return generate_in_one_launch(model, request)
@@ -67,6 +61,8 @@ def launch_or_loop(model: NeuroGen, request: Request) -> Generation:
             if not _too_small(error):
                 raise
             reason = str(error)
+    if request.weights is not None:
+        raise UserError(f"weights={request.weights}: needs one launch, and {reason}; leave it out")
     warnings.warn(f"generating token by token instead of in one launch: {reason}", stacklevel=2)
     return token_loop(model, request, PolledReader(request, model.device))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from neurogen.brain import BrainState
 from neurogen.brain.dropout import evaluating
 from neurogen.errors import UserError
+from neurogen.generation.fit import check_weights
 from neurogen.generation.request import Generation, Request, check_prompt, check_stop, make_sampling
 from neurogen.probes import to_device
 
@@ -31,6 +32,7 @@ def generate(
     seed: int = 0,
     stop: Sequence[int] = (),
     state: BrainState | None = None,
+    weights: str | None = None,
 ) -> Generation:
     """Continue each prompt by up to `max_new_tokens` tokens.
 
@@ -43,11 +45,15 @@ def generate(
         seed: of the draws, which also depend on lane and position alone.
         stop: ids that end a lane.
         state: what the lanes have read before the prompt; nothing if None.
+        weights: `int8` to round matrices and decoder, a scale a row, while tokens are drawn, which takes mode fused and
+            one lane; None leaves them as they are. A prompt is read from them as they are in any case, but for its last
+            token.
 
     Raises:
-        UserError: a prompt, an id, a state or a sampling setting is out of range.
+        UserError: a prompt, an id, a state or a sampling setting is out of range, or `weights` are not to be had.
     """
     check_prompt(input_ids, model.vocab_size, max_new_tokens)
+    check_weights(model, weights, input_ids.shape[0])
     sampling = make_sampling(
         temperature=temperature,
         top_k=top_k,
@@ -66,6 +72,7 @@ def generate(
         seed=seed,
         stop=check_stop(stop, model.vocab_size),
         state=state,
+        weights=weights,
     )
     with evaluating(model):
         return model.mode.generate(model, request)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.cortex import CortexState
 from kernels.generate import BrainShape, PackedBrain, PackedState
+from kernels.generate.quantized import quantize_rows
 from neurogen.brain import BrainConfig, BrainState, MemoryState
 from neurogen.brain.config import NUM_TAPS
 from neurogen.brain.regions import CortexLayer, MemoryLayer
@@ -41,27 +42,36 @@ def brain_shape(config: BrainConfig, vocab_size: int) -> BrainShape:
     )
 
 
-def pack_brain(model: NeuroGen, dtype: torch.dtype | None = None) -> PackedBrain:
-    """A copy of the model's weights for the launch, with matrices in `dtype` (the model's own if None)."""
+def pack_brain(model: NeuroGen, dtype: torch.dtype | None = None, weights: str | None = None) -> PackedBrain:
+    """A copy of the model's weights for the launch: the embedding, and without `weights` the matrices too, in `dtype`
+    (the model's own if None); with `weights="int8"` matrices rounded to int8, a scale a row."""
     dtype = dtype or model.embedding.weight.dtype
     shape = brain_shape(model.config, model.vocab_size)
     matrices, vectors = [], []
     for layer in model.brain.layers().values():
         assert isinstance(layer, CortexLayer | MemoryLayer)
         projections = (layer.in_proj, layer.out_proj, layer.mlp.in_proj, layer.mlp.out_proj)
-        matrices += [projection.weight.detach().to(dtype).flatten() for projection in projections]
+        matrices += [projection.weight.detach() for projection in projections]
         vectors.append(_layer_vectors(layer))
     if model.brain.basal_ganglia is not None:
         go = model.brain.basal_ganglia.go
         vectors.append(_padded([go.weight, go.bias]))
     vectors.append(_padded([model.brain.thalamus.taps]))
-    empty = model.embedding.weight.new_zeros(0, dtype=dtype)
+    embedding, decoder = model.embedding.weight.detach(), model.decoder.weight.detach()
+    scales = None
+    if weights == "int8":
+        rounded = [quantize_rows(matrix) for matrix in (*matrices, decoder)]
+        scales = torch.cat([scale for _, scale in rounded])
+        *matrices, decoder = (matrix for matrix, _ in rounded)
+    of_matrices = torch.int8 if weights == "int8" else dtype
+    empty = embedding.new_zeros(0, dtype=of_matrices)
     return PackedBrain(
         shape,
-        model.embedding.weight.detach().to(dtype).contiguous(),
-        model.decoder.weight.detach().to(dtype).contiguous(),
-        torch.cat([empty, *matrices]),
+        embedding.to(dtype).contiguous(),
+        decoder.to(of_matrices).contiguous(),
+        torch.cat([empty, *(matrix.to(of_matrices).flatten() for matrix in matrices)]),
         torch.cat(vectors),
+        scales,
     )
 
 
@@ -69,31 +79,32 @@ def pack_brain(model: NeuroGen, dtype: torch.dtype | None = None) -> PackedBrain
 _packed: WeakKeyDictionary[NeuroGen, tuple[object, PackedBrain | None]] = WeakKeyDictionary()
 
 
-def packed_brain(model: NeuroGen, dtype: torch.dtype | None = None) -> PackedBrain:
+def packed_brain(model: NeuroGen, dtype: torch.dtype | None = None, weights: str | None = None) -> PackedBrain:
     """As `pack_brain`, which is spared when the weights have not changed since the last two replies.
 
     A copy is kept from the second reply on, so that a training run that draws a sample now and then holds none, and
     only as long as its model lives. A change is seen by the weights' version counters.
     """
-    weights = _weights_now(model, dtype)
-    if weights is None:
-        return pack_brain(model, dtype)
+    now = _weights_now(model, dtype, weights)
+    if now is None:
+        return pack_brain(model, dtype, weights)
     before, brain = _packed.get(model, (None, None))
-    if weights != before or brain is None:
+    if now != before or brain is None:
         brain = None  # the old copy goes before the new one comes
-        _packed[model] = (weights, None)
-        brain = pack_brain(model, dtype)
-        if weights == before:
-            _packed[model] = (weights, brain)
+        _packed[model] = (now, None)
+        brain = pack_brain(model, dtype, weights)
+        if now == before:
+            _packed[model] = (now, brain)
     return brain
 
 
-def _weights_now(model: NeuroGen, dtype: torch.dtype | None) -> object | None:
-    """What changes whenever a weight does; None where nothing does (tensors of inference mode count no versions)."""
+def _weights_now(model: NeuroGen, dtype: torch.dtype | None, weights: str | None) -> object | None:
+    """What changes whenever a weight does, or what is asked for; None where nothing does (tensors of inference mode
+    count no versions)."""
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_inference() for tensor in tensors):
         return None
-    return dtype, [(tensor.data_ptr(), tensor.dtype, tensor.device, tensor._version) for tensor in tensors]
+    return dtype, weights, [(tensor.data_ptr(), tensor.dtype, tensor.device, tensor._version) for tensor in tensors]
 
 
 def _layer_vectors(layer: CortexLayer | MemoryLayer) -> Tensor:

@@ -12,6 +12,7 @@ from kernels.sample import Sampling
 from neurogen.brain import BrainState
 from neurogen.brain.dropout import evaluating
 from neurogen.errors import UserError
+from neurogen.generation.fit import check_weights
 from neurogen.generation.request import Generation, Request, check_prompt, check_stop
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def generate_prompts(
     state: BrainState | None = None,
     lanes: Tensor | None = None,
     seen: Tensor | None = None,
+    weights: str | None = None,
 ) -> Generation:
     """Continue prompts of any lengths, B in number.
 
@@ -71,12 +73,14 @@ def generate_prompts(
         state: what the lanes have read before; nothing if None.
         lanes: `[B]` int64, the numbers of the lanes; 0 to B - 1 if None.
         seen: `[B, V]` bool, tokens read before that a repetition penalty counts besides those of the prompts.
+        weights: see `neurogen.generation.generate`.
 
     Raises:
-        UserError: a prompt, an id, a state or a setting is out of range.
+        UserError: a prompt, an id, a state or a setting is out of range, or `weights` are not to be had.
     """
     rows = check_prompts(prompts, model.vocab_size, max_new_tokens)
     num_lanes = len(rows)
+    check_weights(model, weights, num_lanes)
     stop_ids = check_stop(stop, model.vocab_size)
     for name, count in (
         ("state", None if state is None else state.lanes),
@@ -103,6 +107,7 @@ def generate_prompts(
                 state=read_all_but_last(model, chosen, before),
                 lanes=numbers[group.start : group.stop].to(model.device),
                 seen=_seen(model, chosen, None if seen is None else seen[group.start : group.stop], sampling),
+                weights=weights,
             )
             parts.append(model.mode.generate(model, request))
     if len(parts) == 1:

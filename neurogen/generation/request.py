@@ -27,6 +27,7 @@ class Request:
         state: of B lanes, before the prompt.
         lanes: `[B]` int64, the number each lane has in its draws; 0 to B - 1 if None.
         seen: `[B, V]` bool, tokens read before the prompt that a repetition penalty counts too.
+        weights: what the matrices are rounded to while tokens are drawn, see `neurogen.generation.fit`.
     """
 
     input_ids: Tensor
@@ -37,6 +38,7 @@ class Request:
     state: BrainState
     lanes: Tensor | None = None
     seen: Tensor | None = None
+    weights: str | None = None
 
     def lane_numbers(self) -> Tensor:
         """`[B]` int64."""

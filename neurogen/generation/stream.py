@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.sample import Sampling
 from neurogen.brain import BrainState
 from neurogen.errors import UserError
+from neurogen.generation.fit import check_weights
 from neurogen.generation.prompts import Prompts, check_prompts, generate_prompts
 from neurogen.generation.request import Generation
 
@@ -28,6 +29,7 @@ def generate_stream(
     seed: int = 0,
     stop: Sequence[int] = (),
     state: BrainState | None = None,
+    weights: str | None = None,
 ) -> Iterator[Generation]:
     """Continue prompts, yielding `chunk_tokens` tokens a lane at a time; their concatenation is what `generate_prompts`
     gives at once, filling aside.
@@ -46,7 +48,8 @@ def generate_stream(
     if chunk_tokens < 1:
         raise UserError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
     rows = check_prompts(prompts, model.vocab_size, max_new_tokens)
-    return _stream(model, rows, max_new_tokens, chunk_tokens, sampling, seed, stop, state)
+    check_weights(model, weights, len(rows))
+    return _stream(model, rows, max_new_tokens, chunk_tokens, sampling, seed, stop, state, weights)
 
 
 def _stream(
@@ -58,6 +61,7 @@ def _stream(
     seed: int,
     stop: Sequence[int],
     state: BrainState | None,
+    weights: str | None,
 ) -> Iterator[Generation]:
     num_lanes = len(rows)
     seen = None
@@ -77,6 +81,7 @@ def _stream(
             state=None if state is None else state.select(running),
             lanes=torch.tensor(running),
             seen=None if seen is None else seen[running],
+            weights=weights,
         )
         state = part.state if len(running) == num_lanes else _put(state, running, part.state)
         replies = part.replies()

@@ -172,6 +172,7 @@ class TextGenerator:
         seed: int = 0,
         stop: Sequence[str | int] = (),
         state: BrainState | None = None,
+        weights: str | None = None,
     ) -> Iterator[TextPiece]:
         """A reply piece by piece.
 
@@ -184,7 +185,7 @@ class TextGenerator:
         """
         ids = self.encode(prompt, new=state is None)
         stop_ids, strings = self.split_stop(stop)
-        return self._stream(ids, sampling, max_new_tokens, chunk_tokens, seed, stop_ids, strings, state)
+        return self._stream(ids, sampling, max_new_tokens, chunk_tokens, seed, stop_ids, strings, state, weights)
 
     def _stream(
         self,
@@ -196,6 +197,7 @@ class TextGenerator:
         stop_ids: list[int],
         strings: tuple[str, ...],
         state: BrainState | None,
+        weights: str | None,
     ) -> Iterator[TextPiece]:
         characters, matcher = Utf8Stream(), StopMatcher(strings)
         taken: list[int] = []
@@ -209,6 +211,7 @@ class TextGenerator:
             seed=seed,
             stop=stop_ids,
             state=state,
+            weights=weights,
         )
         before = state
         for piece in pieces:
@@ -252,14 +255,22 @@ class TextGenerator:
         seed: int = 0,
         num_samples: int = 1,
         stop: Sequence[str | int] = (),
+        weights: str | None = None,
     ) -> list[Completion]:
-        """Continue texts side by side, each `num_samples` times: a reply for each prompt and sample, in this order."""
+        """Continue texts side by side, each `num_samples` times: a reply for each prompt and sample, in this order. For
+        `weights` see `neurogen.generation.generate`."""
         if num_samples < 1:
             raise UserError(f"num_samples is {num_samples}; it must be at least 1")
         stop_ids, strings = self.split_stop(stop)
         rows = [self.encode(prompt) for prompt in prompts for _ in range(num_samples)]
         out = generate_prompts(
-            self.model, rows, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop_ids
+            self.model,
+            rows,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            stop=stop_ids,
+            weights=weights,
         )
         log_probs = out.log_probs.cpu()
         replies = []

@@ -5,22 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-LARGEST = {"int8": 127.0, "fp8": 448.0}  # fp8 is e4m3, which has no infinity
+from kernels.generate.quantized import LARGEST_INT8, quantize_rows, row_scale
+
+LARGEST = {"int8": LARGEST_INT8, "fp8": 448.0}  # fp8 is e4m3, which has no infinity
 
 
 def round_rows(weight: Tensor, kind: str) -> Tensor:
     """A matrix `[rows, columns]` as 8 bits a weight and one float32 factor a row would give it back, in float32.
 
     int8 divides a row into 255 even steps between plus and minus its largest weight; fp8 keeps three bits of each
-    weight's mantissa. A launch would multiply by the factor after summing a row's products, so only the 8 bits round;
+    weight's mantissa. A launch multiplies by the factor after summing a row's products, so only the 8 bits round;
     a model in bfloat16 rounds once more, as it does any weight.
     """
+    if kind == "int8":
+        rounded, scale = quantize_rows(weight)
+        return rounded.float() * scale[:, None]
     weight = weight.float()
-    largest = weight.abs().amax(1, keepdim=True)
-    scale = torch.where(largest > 0, largest / LARGEST[kind], 1.0)
-    scaled = weight / scale
-    rounded = scaled.round() if kind == "int8" else scaled.to(torch.float8_e4m3fn).float()
-    return rounded * scale
+    factor = row_scale(weight, LARGEST[kind])
+    return (weight / factor).to(torch.float8_e4m3fn).float() * factor
 
 
 @torch.no_grad()

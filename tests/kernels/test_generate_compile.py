@@ -39,6 +39,7 @@ def check_launch(name: str, size: str, lanes: int, dtype: str, capability: int, 
 def compile_launch(name: str, size: str, lanes: int, dtype_name: str, capability: int) -> tuple[int, int, int, str]:
     """Bytes of stack and of shared memory, how many copies of tiles the loop has under way, and the machine code."""
     kernel, shape, dtype = KERNELS[name], SIZES[size], getattr(torch, dtype_name)
+    is_bytes = dtype == torch.uint8
     if name == "packet":
         tiles = choose_packets(shape, dtype, 132)
         block = f"1,{tiles.NH},{tiles.R},{tiles.NI},{tiles.KS}"
@@ -52,14 +53,17 @@ def compile_launch(name: str, size: str, lanes: int, dtype_name: str, capability
         D=shape.width, C=shape.column_width, N=shape.head_width, M=shape.mlp_width, V=shape.vocab_size, TAPS=4,
         GRADED=True, GO=True, THETA=0.5, BETA=0.5, RHO=0.95, EPS=1e-6, BS=1, **flags, **tiles.constexprs(),
     )  # fmt: skip
-    weight = "bf16" if dtype.itemsize == 2 else "fp32"
+    if name == "packet":
+        constants["INT8"] = is_bytes
+    weight = "fp32" if dtype == torch.float32 else "bf16"
+    tile = "u8" if is_bytes else weight
     types = dict.fromkeys(("p_ids", "p_stop", "p_lanes", "p_positions", "p_packets", "p_table"), "*i64")
     types |= dict.fromkeys(("p_embedding", "p_decoder", "p_matrices", "p_x_columns", "p_columns"), "*" + weight)
     types |= {"p_lengths": "*i32", "p_candidate_id": "*i32", "p_seen": "*i8"}
     if name == "generate":
         types["p_counter"] = "*i64"
     else:
-        types |= {"p_counter": "*i32", "p_hidden": "*" + weight, "d_tiles": f"tensordesc<{weight}[{block}]>"}
+        types |= {"p_counter": "*i32", "p_hidden": "*" + weight, "d_tiles": f"tensordesc<{tile}[{block}]>"}
     types |= dict.fromkeys(("temperature", "penalty", "top_p", "log_min_p"), "fp32")
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "*fp32" if name[:2] == "p_" else "i32") for name in kernel.arg_names}

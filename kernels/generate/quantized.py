@@ -1,0 +1,46 @@
+"""Matrices in 8 bits: a row's weights as int8, and one float32 scale that gives them back."""
+
+import torch
+from torch import Tensor
+
+from kernels.generate.layout import BrainShape, PackedBrain
+
+LARGEST_INT8 = 127.0
+
+
+def row_scale(weight: Tensor, largest: float) -> Tensor:
+    """`[rows, 1]` float32: what each row of a float32 matrix `[rows, columns]` is divided by so that its largest weight
+    becomes plus or minus `largest`; 1 for a row of zeros."""
+    most = weight.abs().amax(1, keepdim=True)
+    return torch.where(most > 0, most / largest, 1.0)
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix `[rows, columns]` as int8 from -127 to 127, and the scale of each row, `[rows]` float32."""
+    weight = weight.float()
+    scale = row_scale(weight, LARGEST_INT8)
+    return (weight / scale).round().to(torch.int8), scale[:, 0]
+
+
+def dequantized(brain: PackedBrain) -> PackedBrain:
+    """A brain with the same weights in float32 in place of int8 and scales; one without scales as it is."""
+    if brain.scales is None:
+        return brain
+    flat, scales = brain.matrices, brain.scales
+    matrices = []
+    for rows, columns in matrix_sizes(brain.shape):
+        matrices.append((flat[: rows * columns].view(rows, columns) * scales[:rows, None]).flatten())
+        flat, scales = flat[rows * columns :], scales[rows:]
+    nothing = scales.new_zeros(0)
+    return brain._replace(
+        decoder=brain.decoder * scales[:, None], matrices=torch.cat([nothing, *matrices]), scales=None
+    )
+
+
+def matrix_sizes(shape: BrainShape) -> list[tuple[int, int]]:
+    """Rows and columns of all in `matrices`, in their order; the halves of a pair are one matrix."""
+    width, mlp_width = shape.width, shape.mlp_width
+    cortex, memory = (
+        [(rows, width), (width, width), (2 * mlp_width, width), (width, mlp_width)] for rows in (2 * width, 4 * width)
+    )
+    return cortex * shape.num_wernicke + memory * shape.num_memory + cortex * shape.num_broca

@@ -1,0 +1,62 @@
+"""int8 weights in the products: a byte becomes a float32 by one instruction, as the fraction of a subnormal number.
+
+A weight w from -127 to 127 is stored as the byte b = w + 128. Placed in bits 16 to 23 of a float32, all others zero,
+it is b 2^-133 exactly: a byte below 128 leaves the exponent 0, and one above makes it 1, whose step is the same. So
+there is nothing to subtract and no conversion, which takes four times an instruction's time. Multiply-adds take
+subnormal factors at full rate and lose nothing; that sums do not become subnormal, activations are multiplied by
+UNIT = 2^64 beforehand. What b has more than w is the same for all rows: -128 times the sum of the activations at one
+place, which products begin with. What is left over, 2^69, a row's scale takes away (`BYTE_SUM`).
+"""
+
+import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.generate.packets import append
+
+_UNIT = 2.0**64
+BYTE_SUM = 2.0**133 / _UNIT  # times a sum of products: what it is of weights and activations
+_EXCESS = tl.constexpr(-(2.0**-126))  # 128 as a byte is
+
+
+def as_bytes(weights: Tensor) -> Tensor:
+    """int8 as uint8, 128 more each, in the same memory."""
+    return weights.view(torch.uint8).bitwise_xor_(128)
+
+
+@triton.constexpr_function
+def activation_unit(INT8):
+    """What activations are multiplied by."""
+    return _UNIT if INT8 else 1.0
+
+
+@triton.jit
+def weight_of(w, INT8: tl.constexpr, SINGLE: tl.constexpr):
+    """A tile in float32; with INT8 its bytes, times 2^-133."""
+    if not INT8:
+        return w.to(tl.float32)
+    elif SINGLE:
+        return (w.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        # What the line above says, which the compiler makes two instructions of.
+        return tl.inline_asm_elementwise(
+            """prmt.b32 $0, $4, 0, 0x4044;
+            prmt.b32 $1, $4, 0, 0x4144;
+            prmt.b32 $2, $4, 0, 0x4244;
+            prmt.b32 $3, $4, 0, 0x4344;""",
+            "=&f,=&f,=&f,=&f,r", [w], dtype=tl.float32, is_pure=True, pack=4,
+        )  # fmt: skip
+
+
+@triton.jit
+def in_units(x, UNIT: tl.constexpr, U: tl.constexpr, SINGLE: tl.constexpr):
+    """A turn's U activations in terms of UNIT, as the room gives them already, and what products begin with."""
+    scaled = ()
+    for u in tl.static_range(U):
+        scaled = append(scaled, x[u] * UNIT if SINGLE else x[u])
+    total = scaled[0]
+    for u in tl.static_range(1, U):
+        total += scaled[u]
+    return scaled, total * _EXCESS
