@@ -207,7 +207,8 @@ def gather_normed(
     PART: tl.constexpr, EPS: tl.constexpr, CH: tl.constexpr, U: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Put `p_packets` `[D]`, times the RMS factor of its group of WIDTH channels in `p_group` `[D]`, UNIT and, if
-    `gated`, its gate, into the room. Squares are summed over PART channels within a warp, and these sums put at `sums`."""
+    `gated`, its gate, into the room. Squares are summed over PART channels within a warp, and these sums are put at
+    `sums`."""
     BLOCKS: tl.constexpr = (D + CH - 1) // CH
     for start in tl.static_range(0, BLOCKS, 4):
         gather_normed_blocks(

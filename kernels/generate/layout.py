@@ -90,9 +90,21 @@ class BrainShape:
     def vectors_size(self) -> int:
         return self.taps_offset + _aligned(self.num_taps * self.width)
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of all matrices, and of the decoder."""
+        mlp_rows = 2 * self.mlp_width + self.width
+        return (
+            self.num_cortex * (3 * self.width + mlp_rows)
+            + self.num_memory * (5 * self.width + mlp_rows)
+            + (self.vocab_size)
+        )
+
     def bytes_per_token(self, *, element_size: int, lanes: int = 1) -> int:
-        """Bytes a token must move at least: every weight once, every lane's state read and written once."""
+        """Bytes a token must move at least: every weight once, every lane's state read and written once. Weights of
+        one byte have a float32 scale a row."""
         weights = (self.matrices_size + self.vocab_size * self.width) * element_size + self.vectors_size * 4
+        weights += self.num_rows * 4 if element_size == 1 else 0
         state = self.num_cortex * 3 * self.width + self.num_memory * self.width * self.head_width
         return weights + lanes * state * 8
 

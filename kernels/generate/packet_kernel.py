@@ -197,8 +197,9 @@ def packet_kernel(
                         ready, _ = gather_channels(room, p_sums, p_layer + 4 * D, epoch, M, False, PART, CH, U, UNIT)
                     else:
                         ready, square = gather_channels(
-                            room, p_sums, p_layer + tl.where(kind == MLP_IN, 3 * D, 0), epoch, D, True, PART, CH, U, UNIT
-                        )
+                            room, p_sums, p_layer + tl.where(kind == MLP_IN, 3 * D, 0), epoch, D, True, PART, CH, U,
+                            UNIT,
+                        )  # fmt: skip
                     x = room_channels_of(ready, first, NH, NI, KS, U)
                 if INT8:
                     x, excess = in_units(x, UNIT, U, SINGLE)

@@ -16,10 +16,12 @@ def row_scale(weight: Tensor, largest: float) -> Tensor:
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix `[rows, columns]` as int8 from -127 to 127, and the scale of each row, `[rows]` float32."""
+    """A matrix `[rows, columns]` as int8 from -127 to 127, and the scale of each row, `[rows]` float32; 0 for a row of
+    zeros, whose sum is then 0 exactly however products are rounded."""
     weight = weight.float()
     scale = row_scale(weight, LARGEST_INT8)
-    return (weight / scale).round().to(torch.int8), scale[:, 0]
+    rounded = (weight / scale).round().to(torch.int8)
+    return rounded, torch.where((rounded != 0).any(1), scale[:, 0], 0.0)
 
 
 def dequantized(brain: PackedBrain) -> PackedBrain:
@@ -27,14 +29,11 @@ def dequantized(brain: PackedBrain) -> PackedBrain:
     if brain.scales is None:
         return brain
     flat, scales = brain.matrices, brain.scales
-    matrices = []
+    matrices = [scales.new_zeros(0)]
     for rows, columns in matrix_sizes(brain.shape):
         matrices.append((flat[: rows * columns].view(rows, columns) * scales[:rows, None]).flatten())
         flat, scales = flat[rows * columns :], scales[rows:]
-    nothing = scales.new_zeros(0)
-    return brain._replace(
-        decoder=brain.decoder * scales[:, None], matrices=torch.cat([nothing, *matrices]), scales=None
-    )
+    return brain._replace(decoder=brain.decoder * scales[:, None], matrices=torch.cat(matrices), scales=None)
 
 
 def matrix_sizes(shape: BrainShape) -> list[tuple[int, int]]:

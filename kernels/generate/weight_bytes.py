@@ -56,7 +56,7 @@ def in_units(x, UNIT: tl.constexpr, U: tl.constexpr, SINGLE: tl.constexpr):
     scaled = ()
     for u in tl.static_range(U):
         scaled = append(scaled, x[u] * UNIT if SINGLE else x[u])
-    total = scaled[0]
+    total = scaled[0]  # type: ignore[misc]
     for u in tl.static_range(1, U):
         total += scaled[u]
     return scaled, total * _EXCESS

@@ -27,6 +27,7 @@ from neurogen.brain import BrainConfig, BrainState
 from neurogen.generation.packing import brain_shape
 from neurogen.generation.prompts import read
 from neurogen.model import NeuroGen
+from neurogen.training.rounding import round_weights
 from neurogen.training.graph import NUM_WARMUP_STEPS
 
 Reply = tuple[Tensor, Tensor]  # tokens and log-probabilities, [B, N] each
@@ -97,6 +98,7 @@ class Way:
         make: from the device to the work, called with gradients off and autocast on.
         bytes_per_step: read and written at least for one token of every lane.
         check: whether its log-probabilities are compared with the float32 model's.
+        weights: what matrices are rounded to, those of the float32 model that it is compared with too.
     """
 
     provider: str
@@ -104,6 +106,7 @@ class Way:
     make: Callable[[torch.device], Callable[[], Reply]]
     bytes_per_step: int
     check: bool
+    weights: str | None = None
     _built: dict[torch.device, Callable[[], Reply]] = field(default_factory=dict)
 
     def contender(self) -> Contender:
@@ -128,6 +131,8 @@ class Way:
         tokens, log_probs = self.build(device)()
         lanes = min(self.work.lanes, CHECKED_LANES)
         model = copy.deepcopy(make_brain(self.work, device, "unfused")).float()
+        if self.weights is not None:
+            round_weights(model, self.weights)
         ids = torch.cat([first_ids(self.work)[:, None].to(device), tokens], 1)[:lanes]
         state = past(self.work, device).select(range(lanes))
         with torch.no_grad():
@@ -201,15 +206,17 @@ def past(work: Workload, device: torch.device) -> BrainState:
 
 
 def brain_ways(work: Workload) -> Iterator[Way]:
-    """Ours: one launch, then token by token as torch runs it, compiled, and recorded."""
+    """Ours: one launch, for one lane with int8 weights too, then token by token as torch runs it, compiled, and
+    recorded."""
     element_size = torch.empty(0, dtype=work.dtype).element_size()
-    num_bytes = brain_shape(work.brain, work.vocab_size).bytes_per_token(element_size=element_size, lanes=work.lanes)
+    shape = brain_shape(work.brain, work.vocab_size)
+    num_bytes = shape.bytes_per_token(element_size=element_size, lanes=work.lanes)
 
-    def generated(mode: str, device: torch.device) -> Callable[[], Reply]:
+    def generated(mode: str, weights: str | None, device: torch.device) -> Callable[[], Reply]:
         model, state, ids = make_brain(work, device, mode), past(work, device), first_ids(work)[:, None]
 
         def run() -> Reply:
-            reply = model.generate(ids, max_new_tokens=work.num_tokens, seed=SEED, state=state)
+            reply = model.generate(ids, max_new_tokens=work.num_tokens, seed=SEED, state=state, weights=weights)
             return reply.tokens, reply.log_probs
 
         return run
@@ -220,13 +227,17 @@ def brain_ways(work: Workload) -> Iterator[Way]:
         return how(step, first_ids(work).to(device), past(work, device).tensors(), work.num_tokens)
 
     for provider, make in (
-        ("neurogen fused, one launch", functools.partial(generated, "fused")),
-        ("neurogen unfused", functools.partial(generated, "unfused")),
+        ("neurogen fused, one launch", functools.partial(generated, "fused", None)),
+        ("neurogen unfused", functools.partial(generated, "unfused", None)),
         ("neurogen unfused, torch.compile", functools.partial(stepped, Launched, True)),
         ("neurogen unfused, CUDA graph", functools.partial(stepped, Replayed, False)),
         ("neurogen unfused, torch.compile, CUDA graph", functools.partial(stepped, Replayed, True)),
     ):
         yield Way(provider, work, make, num_bytes, check=True)
+    if work.lanes == 1:
+        make = functools.partial(generated, "fused", "int8")
+        rounded_bytes = shape.bytes_per_token(element_size=1)
+        yield Way("neurogen fused, one launch, int8 weights", work, make, rounded_bytes, check=True, weights="int8")
 
 
 def gpt_ways(work: Workload) -> Iterator[Way]:

@@ -1,5 +1,6 @@
 """The generation suite: every way of ours makes the same reply, its figures follow from its time, and it runs."""
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -61,6 +62,19 @@ def test_the_check_sees_wrong_log_probabilities() -> None:
     right = way.build(CPU)
     way._built[CPU] = lambda: (right()[0], right()[1] * 1.1)
     assert way.error(CPU) == pytest.approx(0.1, rel=1e-3)
+
+
+def test_int8_weights_are_one_lanes_and_checked_against_rounded_matrices() -> None:
+    work = dataclasses.replace(WORK, lanes=1)
+    (way,) = [way for way in suite.brain_ways(work) if way.weights == "int8"]
+    plain = next(iter(suite.brain_ways(work)))
+    assert way.error(CPU) < 1e-5
+    assert dataclasses.replace(way, weights=None).error(CPU) > 1e-4, "rounding must be felt for this to show anything"
+    named = suite.make_brain(work, CPU, "unfused").named_parameters()
+    matrices = [x for name, x in named if name.endswith(("_proj.weight", "decoder.weight"))]
+    saved = sum(3 * matrix.numel() - 4 * matrix.shape[0] for matrix in matrices)
+    assert plain.bytes_per_step - way.bytes_per_step == saved
+    assert not [way for way in suite.brain_ways(WORK) if way.weights is not None]
 
 
 def test_figures_are_those_of_the_time() -> None:

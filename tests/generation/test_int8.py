@@ -25,12 +25,12 @@ from neurogen.generation.loop import PolledReader, token_loop
 from neurogen.generation.packing import pack_brain, packed_brain
 from neurogen.training.rounding import round_weights
 
-# Widths that leave partial tiles: 48 is a tile of 32 channels and half of one, 160 = 2.5 * 64.
-BRAINS = {
+# 48 channels are a tile of 32 and half a one.
+BRAINS: dict[str, dict] = {
     "plain": {},
     "an odd width, delta, binary": {"embedding_dim": 48, "memory_rule": "delta", "spike": "binary"},
 }
-SLOW_BRAINS = {
+SLOW_BRAINS: dict[str, dict] = {
     "columns wider than heads, two gated layers": {"embedding_dim": 64, "column_width": 32, "broca_depth": 2},
     "no gates": {"go_gate": False, "lateral": False, "wernicke_depth": 2, "pfc_depth": 0},
     "no layers": {"wernicke_depth": 0, "hippocampus_depth": 0, "pfc_depth": 0, "broca_depth": 0},
@@ -45,16 +45,16 @@ def rounded(model: NeuroGen) -> NeuroGen:
     return model
 
 
-def make_request(model: NeuroGen, num_tokens: int, num_lanes: int = 1, **sampling: float) -> Request:
+def make_request(model: NeuroGen, num_tokens: int, top_p: float = 1.0) -> Request:
     """One token read from a state that unrounded weights made, as a prompt's last one is."""
-    ids = torch.tensor(brains.random_prompts([5] * num_lanes)).to(model.device)
+    ids = torch.tensor(brains.random_prompts([5])).to(model.device)
     with torch.no_grad():
         state = model.forward(ids[:, :-1]).state
-    return Request(ids[:, -1:], num_tokens, Sampling(**sampling), 11, (), state, weights="int8")  # type: ignore[arg-type]
+    return Request(ids[:, -1:], num_tokens, Sampling(top_p=top_p), 11, (), state, weights="int8")
 
 
-def check(model: NeuroGen, num_tokens: int, backend: str = "fused", **sampling: float) -> None:
-    request = make_request(model, num_tokens, **sampling)
+def check(model: NeuroGen, num_tokens: int, backend: str = "fused", top_p: float = 1.0) -> None:
+    request = make_request(model, num_tokens, top_p)
     ours = generate_in_one_launch(model, request, backend=backend)
     with torch.no_grad():
         expected = token_loop(rounded(model), request, PolledReader(request, model.device))
@@ -95,9 +95,7 @@ def test_bytes_and_scales_of_every_turn_give_the_rounded_rows_back(num_programs:
     brain = pack_brain(brains.small_brain(embedding_dim=48, vocab_size=263), weights="int8")
     tiles = choose_packets(brain.shape, torch.int8, num_programs, rows=16)
     plain = dequantized(brain)
-    table = stream_table(
-        brain.shape, num_programs, tiles.R, tiles.channels, torch.device("cpu"), together=tiles.U
-    )  # fmt: skip
+    table = stream_table(brain.shape, num_programs, tiles.R, tiles.channels, torch.device("cpu"), together=tiles.U)
     scales = _turn_scales(brain, table, tiles.R)
 
     def turn_tiles(matrices: Tensor, decoder: Tensor) -> Tensor:
@@ -124,6 +122,7 @@ def test_rows_are_rounded_as_an_evaluation_rounds_them() -> None:
     assert scale.dtype == torch.float32
     assert ((bytes_ * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all()
     assert not bytes_[1].any()
+    assert float(scale[1]) == 0
 
 
 def test_the_rounded_copy_is_kept_and_follows_a_change() -> None:
@@ -133,12 +132,12 @@ def test_the_rounded_copy_is_kept_and_follows_a_change() -> None:
     assert kept.matrices.dtype == kept.decoder.dtype == torch.int8
     assert packed_brain(model).matrices.dtype == torch.float32
     kept = [packed_brain(model, weights="int8") for _ in range(2)][-1]
-    before = model.generate([[3, 1]], max_new_tokens=1, weights="int8").log_probs
+    before = model.generate([[3]], max_new_tokens=1, weights="int8").log_probs
     with torch.no_grad():
         model.decoder.weight.normal_()
     assert packed_brain(model, weights="int8") is not kept
-    after = model.generate([[3, 1]], max_new_tokens=1, weights="int8").log_probs
-    expected = rounded(model).generate([[3, 1]], max_new_tokens=1).log_probs
+    after = model.generate([[3]], max_new_tokens=1, weights="int8").log_probs
+    expected = rounded(model).generate([[3]], max_new_tokens=1).log_probs
     torch.testing.assert_close(after, expected, rtol=0, atol=1e-5)
     assert not torch.equal(after, before)
 
@@ -159,7 +158,7 @@ def test_a_stream_draws_what_one_call_draws() -> None:
         ({"mode": "unfused"}, {}, "weights=int8: is for mode=fused, not unfused"),
         ({}, {"input_ids": [[1], [2]]}, "weights=int8: is for 1 lane, not 2; ask for one reply"),
         ({"head_width": 8}, {}, "weights=int8: needs one launch, and generate: head_width is 8"),
-        ({"token_shift": 1}, {}, "weights=int8: needs one launch, and it has no model.token_shift"),
+        ({"token_shift": 2}, {}, "weights=int8: needs one launch, and it has no model.token_shift"),
     ],
 )
 def test_what_is_not_to_be_had_is_one_line(model: dict, arguments: dict, words: str) -> None:
@@ -207,17 +206,18 @@ def test_the_launch_is_the_rounded_model_on_a_gpu(name: str) -> None:
 @pytest.mark.parametrize("size", ["nano", "small", "base"])
 def test_bfloat16_log_probs_at_forced_positions(monkeypatch: pytest.MonkeyPatch, size: str, rows: int) -> None:
     """The launch's own tokens, read again by the float32 model with rounded matrices, as one sequence."""
-    sizes = {"nano": (128, 64, 64), "small": (512, 64, 64), "base": (1536, 128, 128)}[size]
-    monkeypatch.setattr(
-        "kernels.generate.fused.choose_packets", lambda *args: choose_packets(*args, rows=rows)
-    )  # fmt: skip
-    widths = dict(zip(("embedding_dim", "column_width", "head_width"), sizes))
-    model = brains.small_brain(**widths, hippocampus_depth=2, pfc_depth=2, vocab_size=1031).cuda()
+    width, column, head = {"nano": (128, 64, 64), "small": (512, 64, 64), "base": (1536, 128, 128)}[size]
+    monkeypatch.setattr("kernels.generate.fused.choose_packets", lambda *args: choose_packets(*args, rows=rows))
+    model = brains.small_brain(
+        vocab_size=1031, embedding_dim=width, column_width=column, head_width=head, hippocampus_depth=2, pfc_depth=2
+    ).cuda()
     request = make_request(model, 128)
     with torch.autocast("cuda", torch.bfloat16):
         ours = generate_in_one_launch(model, request)
     with torch.no_grad():
         ids = torch.cat([request.input_ids, ours.tokens], 1)
-        log_probs = rounded(model).forward(ids[:, :-1], request.state).logits.log_softmax(-1)
+        logits = rounded(model).forward(ids[:, :-1], request.state).logits
+        assert logits is not None
+        log_probs = logits.log_softmax(-1)
         forced = log_probs.gather(-1, ours.tokens[..., None])[..., 0]
     assert (forced - ours.log_probs).norm() / forced.norm() < 2e-2

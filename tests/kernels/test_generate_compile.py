@@ -1,5 +1,8 @@
 """The generating launch as compiled for a GPU that need not be there: no spills, wide loads, enough room."""
 
+import re
+from collections import Counter
+
 import pytest
 import torch
 from compiler import call_in_compiler
@@ -8,7 +11,7 @@ from kernels.generate.kernel import generate_kernel
 from kernels.generate.layout import BrainShape
 from kernels.generate.packet_kernel import packet_kernel
 from kernels.generate.stream_kernel import stream_kernel
-from kernels.generate.tiles import choose_packets, choose_stream, choose_tiles
+from kernels.generate.tiles import PacketTiles, choose_packets, choose_stream, choose_tiles
 from kernels.offline import SHARED_LIMITS, compile_kernel
 
 SIZES = {
@@ -34,12 +37,23 @@ def check_launch(name: str, size: str, lanes: int, dtype: str, capability: int, 
         assert "LDGSTS" not in code, "a thread has copies in flight at a fence"
     if name == "packet":
         assert code.count("MEMBAR.ALL.GPU") == 1, "one barrier a token, before the draw"
+    if dtype == "uint8":
+        check_bytes(choose_packets(SIZES[size], torch.uint8, 132), code)
+
+
+def check_bytes(tiles: PacketTiles, code: str) -> None:
+    """A turn takes each of a thread's bytes by one permutation and one multiply-add."""
+    num_bytes = tiles.U * tiles.R * tiles.channels // (32 * tiles.num_warps)
+    blocks = [Counter(re.findall(r"\*/\s+(\w[\w.]*) ", block)) for block in re.split(r"\.L_x_\d+:|\bBRA ", code)]
+    turn = max(blocks, key=lambda block: block["PRMT"])
+    assert num_bytes <= turn["PRMT"] <= num_bytes + 16
+    assert turn["FFMA"] >= num_bytes, "FFMA.FTZ would take a byte, a subnormal number, for zero"
+    assert not [op for op in turn if op.startswith("I2F")], "conversions take four times as long"
 
 
 def compile_launch(name: str, size: str, lanes: int, dtype_name: str, capability: int) -> tuple[int, int, int, str]:
     """Bytes of stack and of shared memory, how many copies of tiles the loop has under way, and the machine code."""
     kernel, shape, dtype = KERNELS[name], SIZES[size], getattr(torch, dtype_name)
-    is_bytes = dtype == torch.uint8
     if name == "packet":
         tiles = choose_packets(shape, dtype, 132)
         block = f"1,{tiles.NH},{tiles.R},{tiles.NI},{tiles.KS}"
@@ -54,9 +68,9 @@ def compile_launch(name: str, size: str, lanes: int, dtype_name: str, capability
         GRADED=True, GO=True, THETA=0.5, BETA=0.5, RHO=0.95, EPS=1e-6, BS=1, **flags, **tiles.constexprs(),
     )  # fmt: skip
     if name == "packet":
-        constants["INT8"] = is_bytes
+        constants["INT8"] = dtype == torch.uint8
     weight = "fp32" if dtype == torch.float32 else "bf16"
-    tile = "u8" if is_bytes else weight
+    tile = "u8" if dtype == torch.uint8 else weight
     types = dict.fromkeys(("p_ids", "p_stop", "p_lanes", "p_positions", "p_packets", "p_table"), "*i64")
     types |= dict.fromkeys(("p_embedding", "p_decoder", "p_matrices", "p_x_columns", "p_columns"), "*" + weight)
     types |= {"p_lengths": "*i32", "p_candidate_id": "*i32", "p_seen": "*i8"}
@@ -72,8 +86,15 @@ def compile_launch(name: str, size: str, lanes: int, dtype_name: str, capability
     return used.stack_bytes, used.shared_bytes, num_tiles_ahead, code
 
 
-def test_the_launch_compiles_for_an_h200() -> None:
-    check_launch("packet", "small", 1, "bfloat16", 90)
+@pytest.mark.parametrize("dtype", ["bfloat16", "uint8"])
+def test_the_launch_compiles_for_an_h200(dtype: str) -> None:
+    check_launch("packet", "small", 1, dtype, 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["base", "nano", "two widths"])
+def test_int8_weights_compile_without_a_word_put_aside(size: str) -> None:
+    check_launch("packet", size, 1, "uint8", 90)
 
 
 @pytest.mark.slow
