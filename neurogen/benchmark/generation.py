@@ -27,8 +27,8 @@ from neurogen.brain import BrainConfig, BrainState
 from neurogen.generation.packing import brain_shape
 from neurogen.generation.prompts import read
 from neurogen.model import NeuroGen
-from neurogen.training.rounding import round_weights
 from neurogen.training.graph import NUM_WARMUP_STEPS
+from neurogen.training.rounding import round_weights
 
 Reply = tuple[Tensor, Tensor]  # tokens and log-probabilities, [B, N] each
 CHECKED_LANES = 4

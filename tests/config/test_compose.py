@@ -6,6 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from neurogen.brain import BrainConfig
+from neurogen.config.chat_config import ChatConfig
 from neurogen.config.compose import CONF_DIR, build_config, compose_config, compose_node, config_to_dict
 from neurogen.config.schema import GROUPS, AdamWConfig, Config, MuonConfig, WSDConfig
 from neurogen.config.script_configs import EvaluateConfig, GenerateConfig
@@ -168,6 +169,14 @@ def test_the_other_scripts_configs_compose(name: str, root: type) -> None:
     assert {*tree, "data"} == {field.name for field in dataclasses.fields(root)} | {"data"}
     with pytest.raises(UserError, match="checkpoint: missing"):
         build_config(compose_node([], config_name=name), root)
+
+
+@pytest.mark.parametrize(("name", "root"), [("generate", GenerateConfig), ("chat", ChatConfig)])
+def test_a_reply_is_drawn_from_int8_weights_or_none(name: str, root: type) -> None:
+    assert build_config(compose_node(["checkpoint=x"], config_name=name), root).weights is None
+    assert build_config(compose_node(["checkpoint=x", "weights=int8"], config_name=name), root).weights == "int8"
+    with pytest.raises(UserError, match="weights=fp8"):
+        build_config(compose_node(["checkpoint=x", "weights=fp8"], config_name=name), root)
 
 
 def test_evaluation_takes_a_data_group() -> None:

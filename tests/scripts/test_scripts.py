@@ -277,6 +277,16 @@ def test_chat_replies(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert BrainState.load(trained / "talk.state").lanes == 1
 
 
+@pytest.mark.parametrize("script", ["generate.py", "chat.py"])
+def test_int8_weights_are_of_one_mode(
+    script: str, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["checkpoint=runs/a", "mode=unfused", "weights=int8"]
+    code, out, err = run_here(script, *arguments, folder=trained, monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert err == "error: weights=int8: is for mode=fused, not unfused; change the mode or leave it out\n"
+
+
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "generate.py", "chat.py", "prepare_data.py"])
 def test_ctrl_c_while_importing_is_no_traceback(script: str, tmp_path: Path) -> None:
     """With a neurogen that takes for ever to import."""
