@@ -61,6 +61,7 @@ def generate_fused(
     # Activations of a brain with more than some 10,000 channels do not fit beside its tiles.
     fits = num_programs == 1 or packet_room(shape, packets.channels, packets.U) <= MAX_ROOM_BYTES
     is_packets = num_lanes <= MAX_PACKET_LANES and fits
+    assert is_packets or not is_int8, "these tiles leave no room for the activations"
     if is_packets:
         tiles = packets
     elif is_stream:

@@ -39,4 +39,4 @@ def check_weights(model: NeuroGen, weights: str | None, num_lanes: int) -> None:
         raise UserError(f"weights={weights}: is for 1 lane, not {num_lanes}; ask for one reply or leave it out")
     reason = fits_launch(model, weights)
     if reason is not None:
-        raise UserError(f"weights={weights}: needs one launch, and {reason}; leave it out")
+        raise UserError(f"weights={weights}: needs one launch: {reason}; leave it out")

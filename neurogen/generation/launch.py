@@ -62,7 +62,7 @@ def launch_or_loop(model: NeuroGen, request: Request) -> Generation:
                 raise
             reason = str(error)
     if request.weights is not None:
-        raise UserError(f"weights={request.weights}: needs one launch, and {reason}; leave it out")
+        raise UserError(f"weights={request.weights}: needs one launch: {reason}; leave it out")
     warnings.warn(f"generating token by token instead of in one launch: {reason}", stacklevel=2)
     return token_loop(model, request, PolledReader(request, model.device))
 

@@ -83,7 +83,8 @@ def packed_brain(model: NeuroGen, dtype: torch.dtype | None = None, weights: str
     """As `pack_brain`, which is spared when the weights have not changed since the last two replies.
 
     A copy is kept from the second reply on, so that a training run that draws a sample now and then holds none, and
-    only as long as its model lives. A change is seen by the weights' version counters.
+    only as long as its model lives. A change is seen by the weights' version counters; another `dtype` or `weights` is
+    one too.
     """
     now = _weights_now(model, dtype, weights)
     if now is None:

@@ -157,8 +157,8 @@ def test_a_stream_draws_what_one_call_draws() -> None:
         ({}, {"weights": "int4"}, "weights is 'int4'; choose int8"),
         ({"mode": "unfused"}, {}, "weights=int8: is for mode=fused, not unfused"),
         ({}, {"input_ids": [[1], [2]]}, "weights=int8: is for 1 lane, not 2; ask for one reply"),
-        ({"head_width": 8}, {}, "weights=int8: needs one launch, and generate: head_width is 8"),
-        ({"token_shift": 2}, {}, "weights=int8: needs one launch, and it has no model.token_shift"),
+        ({"head_width": 8}, {}, "weights=int8: needs one launch: generate: head_width is 8"),
+        ({"token_shift": 2}, {}, "weights=int8: needs one launch: it has no model.token_shift"),
     ],
 )
 def test_what_is_not_to_be_had_is_one_line(model: dict, arguments: dict, words: str) -> None:
@@ -183,7 +183,7 @@ def test_a_device_too_small_is_an_error_and_no_loop(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("neurogen.generation.launch.generate", refuse)
     model = brains.small_brain()
-    with pytest.raises(UserError, match="weights=int8: needs one launch, and too many blocks"):
+    with pytest.raises(UserError, match="weights=int8: needs one launch: too many blocks"):
         launch_or_loop(model, make_request(model, 2))
 
 
