@@ -234,7 +234,7 @@ def _packet_scratch(shape: BrainShape, num_programs: int, filtered: bool, device
     num_layers = shape.num_cortex + shape.num_memory
     num_packets = (num_layers + 1) * (8 * shape.width + shape.mlp_width) + shape.num_columns
     return [
-        torch.zeros(num_packets, dtype=torch.int64, device=device),
+        torch.zeros(num_packets, dtype=torch.int32, device=device),
         torch.empty(8 * num_programs, device=device),
         torch.empty(2 * num_programs, dtype=torch.int32, device=device),
         torch.empty((3 if filtered else 1) * shape.vocab_size, device=device),

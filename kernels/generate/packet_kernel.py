@@ -55,7 +55,7 @@ def packet_kernel(
 ):  # fmt: skip
     """Read the token at ids[TAPS - 1], draw the next, and so on until `limit` tokens are drawn or the lane ended.
 
-    Scratch: packets of int64 as `kernels.generate.packets` orders them, zeros at first; candidate `[2, 4, P]` and
+    Scratch: packets of int32 as `kernels.generate.packets` orders them, zeros at first; candidate `[2, 4, P]` and
     candidate_id `[2, P]`, logits `[V]` or with a filter `[3, V]`, counter `[1]`, zero at first.
 
     With INT8 tiles are bytes (`kernels.generate.weight_bytes`) and scales `[P, T, R]` say what a turn's sums are

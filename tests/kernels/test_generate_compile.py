@@ -71,9 +71,9 @@ def compile_launch(name: str, size: str, lanes: int, dtype_name: str, capability
         constants["INT8"] = dtype == torch.uint8
     weight = "fp32" if dtype == torch.float32 else "bf16"
     tile = "u8" if dtype == torch.uint8 else weight
-    types = dict.fromkeys(("p_ids", "p_stop", "p_lanes", "p_positions", "p_packets", "p_table"), "*i64")
+    types = dict.fromkeys(("p_ids", "p_stop", "p_lanes", "p_positions", "p_table"), "*i64")
     types |= dict.fromkeys(("p_embedding", "p_decoder", "p_matrices", "p_x_columns", "p_columns"), "*" + weight)
-    types |= {"p_lengths": "*i32", "p_candidate_id": "*i32", "p_seen": "*i8"}
+    types |= {"p_packets": "*i32", "p_lengths": "*i32", "p_candidate_id": "*i32", "p_seen": "*i8"}
     if name == "generate":
         types["p_counter"] = "*i64"
     else:
