@@ -91,8 +91,9 @@ def packet_kernel(
             row = tl.full([], 0, tl.int32)
         square = tl.full([], 0.0, tl.float32)
         sums = tl.zeros([R], tl.float32)
-        held, before, new = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
+        before, new = tl.zeros([R], tl.int32), tl.zeros([R], tl.int32)
         still, gain, bias = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
+        held, adaptation, spikes = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
 
         # Words of the table are read two turns before they are needed. (A loop that hands a value on unchanged is not
         # pipelined, so a zero is added that the compiler does not know.)
@@ -138,10 +139,12 @@ def packet_kernel(
             mask = o_r < ((flags >> 14) & 1023)
             p_layer = p_packets + layer * per_layer
             if (chunk == 0) & (half == 0):
-                # What does not wait for this phase's activations: what the sums will be added to, the new spikes, which
-                # become the state's, and the neurons' state.
+                # What does not wait for this phase's activations: the neurons' state, what the sums will be added to and
+                # the new spikes, which become the state's. (Both as packets: to open one is to wait for it.)
                 if kind == CORTEX_IN:
-                    still, gain, bias, before, new = fetch_neurons(o_n, mask, p_state, p_vector, D, C, THETA, RHO)
+                    still, gain, bias, adaptation, spikes = fetch_neurons(
+                        o_n, mask, p_state, p_vector, D, C, THETA, RHO
+                    )
                 elif kind == MEMORY_IN:
                     if flags & 1:
                         ask_for_unit(tl.program_id(0), p_fast, p_vector, D, N, DELTA, CU, BD, SINGLE)
@@ -149,8 +152,8 @@ def packet_kernel(
                     p_before = p_layer + tl.where(kind == MLP_OUT, 3 * D, 0)
                     adds = mask & ((kind == OUT) | (kind == MLP_OUT))
                     spiked = adds & (kind == OUT)
-                    before = value_of(tl.load(p_before + o_n, mask=adds, other=0, cache_modifier=".cg"))
-                    new = value_of(tl.load(p_layer + 2 * D + o_n, mask=spiked, other=0, cache_modifier=".cg"))
+                    before = tl.load(p_before + o_n, mask=adds, other=0, cache_modifier=".cg")
+                    new = tl.load(p_layer + 2 * D + o_n, mask=spiked, other=0, cache_modifier=".cg")
 
             if flags & 1:
                 first = chunk * (U * CH)
@@ -219,8 +222,8 @@ def packet_kernel(
                 out = sums * scale if INT8 else sums
                 if (kind == OUT) | (kind == MLP_OUT):
                     p_out = p_layer + tl.where(kind == OUT, 3 * D, per_layer)
-                    send_here(p_out + o_n, before + out, epoch, mask, SINGLE)
-                    store_here(p_state + 2 * D + o_n, new, mask & (kind == OUT) & (not is_memory), SINGLE)
+                    send_here(p_out + o_n, value_of(before) + out, epoch, mask, SINGLE)
+                    store_here(p_state + 2 * D + o_n, value_of(new), mask & (kind == OUT) & (not is_memory), SINGLE)
                 else:
                     out *= tl.rsqrt(square / D + EPS)
                     if kind == MEMORY_IN:
@@ -230,8 +233,8 @@ def packet_kernel(
                     elif kind == CORTEX_IN:
                         if half == 0:
                             held = spike_packets(
-                                out, still, gain, bias, before, new, o_n, mask, p_state, p_layer + 2 * D, p_lengths,
-                                step, D, GRADED, THETA, BETA, SINGLE,
+                                out, still, gain, bias, adaptation, spikes, o_n, mask, p_state, p_layer + 2 * D,
+                                p_lengths, step, D, GRADED, THETA, BETA, SINGLE,
                             )  # fmt: skip
                         else:
                             send_here(p_layer + D + o_n, held * silu(out), epoch, mask, SINGLE)

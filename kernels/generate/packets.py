@@ -2,9 +2,10 @@
 
 What a phase reads of the phase before it, it polls until each value bears the token's number, of which two bits are
 enough: what stands there otherwise is the last token's. That takes one round trip to L2 where a barrier takes three
-(the stores, the counter, the loads), and needs no fence, since 4 bytes are stored at once. All programs poll all values,
-again and again, so a value's bytes are what counts; 22 of its 24 bits of precision are left, more than bfloat16 weights
-have. Each value of a token has a place of its own: it is written again only after the barrier that ends the token.
+(the stores, the counter, the loads), and needs no fence, since 4 bytes are stored at once. All programs poll all
+values, again and again, so what counts is a value's bytes; 22 of its 24 bits of precision are left, more than bfloat16
+weights have. Each value of a token has a place of its own: it is written again only after the barrier that ends the
+token.
 
 Per layer: x `[D]` (its input), y `[D]` and the groups' values `[D]` (what out_proj reads), x `[D]` (what the SwiGLU
 reads), hidden `[M]`, inner `[4D]`; then the decoder's x, padded to a layer's length, and the gates `[K]`.
