@@ -139,8 +139,8 @@ def packet_kernel(
             mask = o_r < ((flags >> 14) & 1023)
             p_layer = p_packets + layer * per_layer
             if (chunk == 0) & (half == 0):
-                # What does not wait for this phase's activations: the neurons' state, what the sums will be added to and
-                # the new spikes, which become the state's. (Both as packets: to open one is to wait for it.)
+                # What does not wait for this phase's activations: the neurons' state, what sums will be added to and the
+                # new spikes, which become the state's. (Both as packets: to open one is to wait for it.)
                 if kind == CORTEX_IN:
                     still, gain, bias, adaptation, spikes = fetch_neurons(
                         o_n, mask, p_state, p_vector, D, C, THETA, RHO
