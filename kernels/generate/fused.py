@@ -93,7 +93,7 @@ def generate_fused(
             tiled = _tiled(brain, tiles.R, tiles.NH, tiles.NI, tiles.KS)
             table = stream_table(shape, num_programs, tiles.R, tiles.channels, device, together=tiles.U)
             scales = _turn_scales(brain, table, tiles.R)
-            scratch = _packet_scratch(shape, num_programs, filtered, device)
+            scratch = _packet_scratch(shape, num_programs, filtered, device, torch.int32 if is_int8 else torch.int64)
         else:
             tiled = _tiled(brain, tiles.R, tiles.NB, 1, tiles.KS).squeeze(3)
             table = stream_table(shape, num_programs, tiles.R, tiles.NB * tiles.KS, device)
@@ -229,12 +229,14 @@ def _stream_scratch(
     ]
 
 
-def _packet_scratch(shape: BrainShape, num_programs: int, filtered: bool, device: torch.device) -> list[Tensor]:
+def _packet_scratch(
+    shape: BrainShape, num_programs: int, filtered: bool, device: torch.device, packets: torch.dtype
+) -> list[Tensor]:
     """The same for the kernel of a single lane."""
     num_layers = shape.num_cortex + shape.num_memory
     num_packets = (num_layers + 1) * (8 * shape.width + shape.mlp_width) + shape.num_columns
     return [
-        torch.zeros(num_packets, dtype=torch.int32, device=device),
+        torch.zeros(num_packets, dtype=packets, device=device),
         torch.empty(8 * num_programs, device=device),
         torch.empty(2 * num_programs, dtype=torch.int32, device=device),
         torch.empty((3 if filtered else 1) * shape.vocab_size, device=device),

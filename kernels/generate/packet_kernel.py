@@ -30,7 +30,7 @@ from kernels.generate.packet_phases import (
     send_gates,
     spike_packets,
 )
-from kernels.generate.packets import append, send_here, store_here, value_of
+from kernels.generate.packets import append, send_here, store_here, value_in
 from kernels.generate.sampling import all_ended, filtered_winner, race_logits, record, winner
 from kernels.generate.stream import CORTEX_IN, DECODE, MEMORY_IN, MLP_IN, MLP_OUT, OUT
 from kernels.generate.stream_phases import arrive, block_barrier, wait
@@ -55,8 +55,8 @@ def packet_kernel(
 ):  # fmt: skip
     """Read the token at ids[TAPS - 1], draw the next, and so on until `limit` tokens are drawn or the lane ended.
 
-    Scratch: packets of int32 as `kernels.generate.packets` orders them, zeros at first; candidate `[2, 4, P]` and
-    candidate_id `[2, P]`, logits `[V]` or with a filter `[3, V]`, counter `[1]`, zero at first.
+    Scratch: packets, int64 or int32, as `kernels.generate.packets` orders them, zeros at first; candidate `[2, 4, P]`
+    and candidate_id `[2, P]`, logits `[V]` or with a filter `[3, V]`, counter `[1]`, zero at first.
 
     With INT8 tiles are bytes (`kernels.generate.weight_bytes`) and scales `[P, T, R]` say what a turn's sums are
     multiplied by when they leave; otherwise scales are not read.
@@ -73,6 +73,7 @@ def packet_kernel(
 
     PART: tl.constexpr = min(C, N, 64)
     UNIT: tl.constexpr = activation_unit(INT8)
+    WIDE: tl.constexpr = p_packets.dtype.element_ty == tl.int64
     room = shared_room(room_bytes(D, M, CH, U, PART), SINGLE)
     p_sums = room + room_channels(D, M, CH, U) * 9 // 2
 
@@ -139,8 +140,8 @@ def packet_kernel(
             mask = o_r < ((flags >> 14) & 1023)
             p_layer = p_packets + layer * per_layer
             if (chunk == 0) & (half == 0):
-                # What does not wait for this phase's activations: the neurons' state, what sums will be added to and the
-                # new spikes, which become the state's. (Both as packets: to open one is to wait for it.)
+                # What does not wait for this phase's activations: the neurons' state, what sums will be added to, and
+                # the new spikes, which become the state's. (Not opened yet, which would wait for them.)
                 if kind == CORTEX_IN:
                     still, gain, bias, adaptation, spikes = fetch_neurons(
                         o_n, mask, p_state, p_vector, D, C, THETA, RHO
@@ -152,8 +153,8 @@ def packet_kernel(
                     p_before = p_layer + tl.where(kind == MLP_OUT, 3 * D, 0)
                     adds = mask & ((kind == OUT) | (kind == MLP_OUT))
                     spiked = adds & (kind == OUT)
-                    before = tl.load(p_before + o_n, mask=adds, other=0, cache_modifier=".cg")
-                    new = tl.load(p_layer + 2 * D + o_n, mask=spiked, other=0, cache_modifier=".cg")
+                    before = tl.load(p_before + o_n, mask=adds, other=0, cache_modifier=".cg").to(tl.int32)
+                    new = tl.load(p_layer + 2 * D + o_n, mask=spiked, other=0, cache_modifier=".cg").to(tl.int32)
 
             if flags & 1:
                 first = chunk * (U * CH)
@@ -222,8 +223,10 @@ def packet_kernel(
                 out = sums * scale if INT8 else sums
                 if (kind == OUT) | (kind == MLP_OUT):
                     p_out = p_layer + tl.where(kind == OUT, 3 * D, per_layer)
-                    send_here(p_out + o_n, value_of(before) + out, epoch, mask, SINGLE)
-                    store_here(p_state + 2 * D + o_n, value_of(new), mask & (kind == OUT) & (not is_memory), SINGLE)
+                    send_here(p_out + o_n, value_in(before, WIDE) + out, epoch, mask, SINGLE)
+                    store_here(
+                        p_state + 2 * D + o_n, value_in(new, WIDE), mask & (kind == OUT) & (not is_memory), SINGLE
+                    )
                 else:
                     out *= tl.rsqrt(square / D + EPS)
                     if kind == MEMORY_IN:

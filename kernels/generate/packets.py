@@ -1,11 +1,12 @@
-"""Activations that say themselves when they are there: 4 bytes each, a float32 whose last two bits are its token's.
+"""Activations that say themselves when they are there: a float32 with the number of its token.
 
-What a phase reads of the phase before it, it polls until each value bears the token's number, of which two bits are
-enough: what stands there otherwise is the last token's. That takes one round trip to L2 where a barrier takes three
-(the stores, the counter, the loads), and needs no fence, since 4 bytes are stored at once. All programs poll all
-values, again and again, so what counts is a value's bytes; 22 of its 24 bits of precision are left, more than bfloat16
-weights have. Each value of a token has a place of its own: it is written again only after the barrier that ends the
-token.
+What a phase reads of the phase before it, it polls until each value bears the token's number. That takes one round trip
+to L2 where a barrier takes three (the stores, the counter, the loads), and needs no fence, since a packet is stored at
+once. Each value of a token has a place of its own: it is written again only after the barrier that ends the token.
+
+A packet is an int64, value and number, or an int32: a value cut to 22 bits and the last two of the number, which are
+enough, since what stands there otherwise is the last token's. All programs poll all values of a phase again and again,
+so that a packet's bytes cross L2 beside the weights. Which is quicker hangs on the weights (docs/GENERATION.md).
 
 Per layer: x `[D]` (its input), y `[D]` and the groups' values `[D]` (what out_proj reads), x `[D]` (what the SwiGLU
 reads), hidden `[M]`, inner `[4D]`; then the decoder's x, padded to a layer's length, and the gates `[K]`.
@@ -23,35 +24,57 @@ def append(items, item):
 
 
 @triton.jit
-def value_of(packet):
-    return (packet & -4).to(tl.float32, bitcast=True)
+def value_in(bits, WIDE: tl.constexpr):
+    """The value of a packet or of its lower word."""
+    return (bits.to(tl.int32) if WIDE else bits & -4).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def packet_of(value, epoch):
-    """A value cut to 22 bits, and two bits of the number of its token. (Rounding would carry a NaN over to zero.)"""
-    return (value.to(tl.float32).to(tl.int32, bitcast=True) & -4) | (epoch & 3)
+def value_of(packet):
+    return value_in(packet, packet.dtype == tl.int64)
+
+
+@triton.jit
+def packet_of(value, epoch, WIDE: tl.constexpr):
+    """A value and the number of its token."""
+    bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+    if WIDE:
+        return (bits.to(tl.int64) & 0xFFFFFFFF) | (epoch.to(tl.int64) << 32)
+    else:
+        return (bits & -4) | (epoch & 3)  # not rounded: that would carry a NaN over to zero
 
 
 @triton.jit
 def send(p_packets, value, epoch, mask):
     """Store values with the number of their token."""
-    tl.store(p_packets, packet_of(value, epoch), mask=mask)
+    tl.store(p_packets, packet_of(value, epoch, p_packets.dtype.element_ty == tl.int64), mask=mask)
 
 
 @triton.jit
 def send_here(p_packets, value, epoch, mask, SINGLE: tl.constexpr):
     """As `send`, from the threads that hold the values, all of them: a store of Triton's would first hand the values
     round through shared memory."""
+    WIDE: tl.constexpr = p_packets.dtype.element_ty == tl.int64
     if SINGLE:
         send(p_packets, value, epoch, mask)
+    elif WIDE:
+        bits, epochs = value.to(tl.int32, bitcast=True), tl.zeros(value.shape, tl.int32) + epoch
+        tl.inline_asm_elementwise(
+            """{ .reg .pred p; .reg .b64 d;
+            setp.ne.u32 p, $4, 0;
+            mov.b64 d, {$2, $3};
+            @p st.relaxed.gpu.global.b64 [$1], d;
+            mov.u32 $0, 0; }""",
+            "=r,l,r,r,r", [p_packets, bits, epochs, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
     else:
+        packets = packet_of(value, epoch, False)
         tl.inline_asm_elementwise(
             """{ .reg .pred p;
             setp.ne.u32 p, $3, 0;
             @p st.relaxed.gpu.global.b32 [$1], $2;
             mov.u32 $0, 0; }""",
-            "=r,l,r,r", [p_packets, packet_of(value, epoch), mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+            "=r,l,r,r", [p_packets, packets, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
 
@@ -112,17 +135,26 @@ def store_four(p, values, mask, SINGLE: tl.constexpr):
 
 
 @triton.constexpr_function
-def poll_pairs_assembly(pairs, singles):
+def poll_pairs_assembly(pairs, singles, wide):
     """Assembly that polls pairs of packets and single ones until all bear the number in the last operand; the first
     values of all pairs come first, then the second ones, then the single ones."""
     count = 2 * pairs + singles
     pointer, epoch = count, count + pairs + singles
-    lines = ["{ .reg .pred p; .reg .b32 wrong;", "POLL:", "mov.b32 wrong, 0;"]
-    lines += [f"ld.relaxed.gpu.global.v2.b32 {{${i}, ${pairs + i}}}, [${pointer + i}];" for i in range(pairs)]
-    lines += [f"ld.relaxed.gpu.global.b32 ${2 * pairs + i}, [${pointer + pairs + i}];" for i in range(singles)]
-    # wrong | (packet ^ epoch)
-    lines += [f"lop3.b32 wrong, ${i}, ${epoch}, wrong, 0xbe;" for i in range(count)]
-    lines += ["and.b32 wrong, wrong, 3;", "setp.ne.u32 p, wrong, 0;"]
+    packet, size = ("d{}", "b64") if wide else ("${}", "b32")
+    lines = [f"{{ .reg .pred p; .reg .b32 wrong; .reg .u32 e<{count}>; .reg .b64 d<{count}>;", "POLL:"]
+    for i in range(pairs):
+        pair = f"{{{packet.format(i)}, {packet.format(pairs + i)}}}"
+        lines.append(f"ld.relaxed.gpu.global.v2.{size} {pair}, [${pointer + i}];")
+    for i in range(singles):
+        lines.append(f"ld.relaxed.gpu.global.{size} {packet.format(2 * pairs + i)}, [${pointer + pairs + i}];")
+    if wide:
+        lines += [f"mov.b64 {{${i}, e{i}}}, d{i};" for i in range(count)]
+        lines += [f"setp.ne.u32 p, e0, ${epoch};"]
+        lines += [f"setp.ne.or.u32 p, e{i}, ${epoch}, p;" for i in range(1, count)]
+    else:
+        lines += ["mov.b32 wrong, 0;"]
+        lines += [f"lop3.b32 wrong, ${i}, ${epoch}, wrong, 0xbe;" for i in range(count)]  # wrong | (packet ^ epoch)
+        lines += ["and.b32 wrong, wrong, 3;", "setp.ne.u32 p, wrong, 0;"]
     return "\n".join([*lines, "@p bra POLL; }"])
 
 
@@ -134,8 +166,9 @@ def poll_pairs_constraints(pairs, singles):
 @triton.jit
 def receive_pairs(p_packets, epoch, PAIRS: tl.constexpr, SINGLE: tl.constexpr = False):
     """Values at a tuple of pointers (of one shape), once all of a thread's bear the number `epoch`: at the first PAIRS
-    pointers, at multiples of 8 bytes, then those behind them, then those at the other pointers."""
+    pointers, at even places, then those behind them, then those at the other pointers."""
     SINGLES: tl.constexpr = len(p_packets) - PAIRS
+    WIDE: tl.constexpr = p_packets[0].dtype.element_ty == tl.int64
     values = ()
     if SINGLE:
         for i in tl.static_range(2 * PAIRS + SINGLES):
@@ -150,10 +183,10 @@ def receive_pairs(p_packets, epoch, PAIRS: tl.constexpr, SINGLE: tl.constexpr = 
         again = epoch
         while again > 0:
             bits = tl.inline_asm_elementwise(
-                poll_pairs_assembly(PAIRS, SINGLES), poll_pairs_constraints(PAIRS, SINGLES),
+                poll_pairs_assembly(PAIRS, SINGLES, WIDE), poll_pairs_constraints(PAIRS, SINGLES),
                 append(p_packets, epochs), dtype=(tl.int32,) * (2 * PAIRS + SINGLES), is_pure=False, pack=1,
             )  # fmt: skip
             again = epoch * 0
         for i in tl.static_range(2 * PAIRS + SINGLES):
-            values = append(values, value_of(bits[i]))
+            values = append(values, value_in(bits[i], WIDE))
     return values

@@ -35,12 +35,7 @@ def activation_unit(INT8):
 @triton.jit
 def weight_of(w, INT8: tl.constexpr, SINGLE: tl.constexpr):
     """A tile in float32; with INT8 its bytes, times 2^-133."""
-    if w.dtype == tl.bfloat16 and not SINGLE:
-        # The compiler takes pairs apart first, and three instructions for two weights.
-        return tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [w], dtype=tl.float32, is_pure=True, pack=2
-        )
-    elif not INT8:
+    if not INT8:
         return w.to(tl.float32)
     elif SINGLE:
         return (w.to(tl.int32) << 16).to(tl.float32, bitcast=True)

@@ -73,7 +73,12 @@ def compile_launch(name: str, size: str, lanes: int, dtype_name: str, capability
     tile = "u8" if dtype == torch.uint8 else weight
     types = dict.fromkeys(("p_ids", "p_stop", "p_lanes", "p_positions", "p_table"), "*i64")
     types |= dict.fromkeys(("p_embedding", "p_decoder", "p_matrices", "p_x_columns", "p_columns"), "*" + weight)
-    types |= {"p_packets": "*i32", "p_lengths": "*i32", "p_candidate_id": "*i32", "p_seen": "*i8"}
+    types |= {
+        "p_packets": "*i32" if dtype.itemsize == 1 else "*i64",
+        "p_lengths": "*i32",
+        "p_candidate_id": "*i32",
+        "p_seen": "*i8",
+    }
     if name == "generate":
         types["p_counter"] = "*i64"
     else:
