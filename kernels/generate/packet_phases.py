@@ -205,7 +205,7 @@ def memory_packets(
     for i in tl.static_range(Q):
         # Not `append`: Triton 3.6 names a compiled function by its arguments with their tuples opened, so one tuple and
         # four numbers are the same call to it.
-        w = w + (load_four(p_w + i * (NR * N), SINGLE),)  # noqa: RUF005
+        w = w + (load_four(p_w + i * (NR * N), SINGLE),)  # type: ignore[assignment]  # noqa: RUF005
     active = is_active(p_lengths, 0, True, step)
     forget, write = unit_gates(room, p_x, square, p_vector, head, D, N, DELTA, EPS, BD, UNIT, SINGLE)
 
