@@ -52,7 +52,7 @@ def check(cases: list[Case]) -> None:
         assert stack <= STACK_ALLOWED.get(case, 16), (case, stack)
         if dtype == "bfloat16" and width >= 64:
             assert num_wide_loads > 0, case
-            # The delta rule's gradients are of chunks of 32 tokens, half of the 64 rows that a warp group's product has.
+            # The delta rule's gradients are of chunks of 32 tokens, half the 64 rows of a warp group's product.
             is_small = name in ("inverse", "parallel_walk") or (name == "gradient" and delta)
             assert num_wgmma > 0 or capability != 90 or is_small, case
 
