@@ -63,16 +63,9 @@ def put(place, value):
 
 
 @triton.jit
-def get(place):
-    return tl.inline_asm_elementwise(
-        "ld.shared.f32 $0, [$1];", "=f,r", [place], dtype=tl.float32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def get_still(place):
-    """What has been put at a place that hangs on `all_put` or `still_put`, in whatever layout is wanted."""
-    return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [place], dtype=tl.float32, is_pure=True, pack=1)
+def get(place, PURE: tl.constexpr = False):
+    """What has been put at a place that hangs on `all_put` or `still_put`; with PURE in whatever layout is wanted."""
+    return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [place], dtype=tl.float32, is_pure=PURE, pack=1)
 
 
 @triton.jit

@@ -94,11 +94,8 @@ class BrainShape:
     def num_rows(self) -> int:
         """Rows of all matrices, and of the decoder."""
         mlp_rows = 2 * self.mlp_width + self.width
-        return (
-            self.num_cortex * (3 * self.width + mlp_rows)
-            + self.num_memory * (5 * self.width + mlp_rows)
-            + (self.vocab_size)
-        )
+        cortex_rows, memory_rows = 3 * self.width + mlp_rows, 5 * self.width + mlp_rows
+        return self.num_cortex * cortex_rows + self.num_memory * memory_rows + self.vocab_size
 
     def bytes_per_token(self, *, element_size: int, lanes: int = 1) -> int:
         """Bytes a token must move at least: every weight once, every lane's state read and written once. Weights of

@@ -4,7 +4,7 @@ import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 import triton
 import triton.language as tl
 
-from kernels.generate.activations import get_still, room_place, still_put
+from kernels.generate.activations import get, room_place, still_put
 from kernels.generate.device import is_active, sigmoid, silu
 from kernels.generate.packets import (
     append,
@@ -17,6 +17,7 @@ from kernels.generate.packets import (
     store_here,
     value_of,
 )
+from kernels.generate.sampling import relayed
 
 
 @triton.jit
@@ -44,14 +45,9 @@ def relay_packets(
     D: tl.constexpr, TAPS: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """As `relay_lane`, for a single lane."""
-    o_j, o_d = tl.arange(0, TAPS), tl.arange(0, BD)
-    inside = o_d < D
-    ids = tl.where(o_j == 0, token, tl.load(p_ids + step + TAPS - 1 - o_j, mask=o_j > 0, other=0, cache_modifier=".cg"))
-    p_e = p_embedding + (tl.maximum(ids, 0) * D)[:, None] + o_d[None, :]
-    e = tl.load(p_e, mask=inside[None, :], other=0.0).to(tl.float32)
-    gain = tl.load(p_taps + o_j[:, None] * D + o_d[None, :], mask=inside[None, :] & (ids >= 0)[:, None], other=0.0)
-    scale = tl.rsqrt(tl.sum(e * e, 1) / D + EPS)
-    send(p_packets + o_d, tl.sum(gain * e * scale[:, None], 0), step + 1, inside)
+    o_d = tl.arange(0, BD)
+    x = relayed(token, p_ids + step + TAPS - 1, p_embedding, p_taps, D, TAPS, EPS, BD)
+    send(p_packets + o_d, x, step + 1, o_d < D)
 
 
 @triton.jit
@@ -168,7 +164,7 @@ def unit_gates(
     if SINGLE:
         x = value_of(tl.load(p_x + o_k, mask=o_k < D, other=0))
     else:
-        x = get_still(still_put(room) + room_place(tl.minimum(o_k, D - 1))) * (1 / UNIT)
+        x = get(still_put(room) + room_place(tl.minimum(o_k, D - 1)), PURE=True) * (1 / UNIT)
     scale = tl.rsqrt(square / D + EPS)
     if DELTA:
         forget, write = sum_together((w * x, write_w * x), SINGLE)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels.generate.layout import BrainShape, PackedBrain
+from kernels.generate.layout import PackedBrain
+from kernels.generate.stream import matrices_in_order
 
 LARGEST_INT8 = 127.0
 
@@ -30,16 +31,8 @@ def dequantized(brain: PackedBrain) -> PackedBrain:
         return brain
     flat, scales = brain.matrices, brain.scales
     matrices = [scales.new_zeros(0)]
-    for rows, columns in matrix_sizes(brain.shape):
-        matrices.append((flat[: rows * columns].view(rows, columns) * scales[:rows, None]).flatten())
-        flat, scales = flat[rows * columns :], scales[rows:]
+    for _, _, _, num_rows, width_in, halves in matrices_in_order(brain.shape)[:-1]:  # the decoder is the last
+        rows = num_rows * halves
+        matrices.append((flat[: rows * width_in].view(rows, width_in) * scales[:rows, None]).flatten())
+        flat, scales = flat[rows * width_in :], scales[rows:]
     return brain._replace(decoder=brain.decoder * scales[:, None], matrices=torch.cat(matrices), scales=None)
-
-
-def matrix_sizes(shape: BrainShape) -> list[tuple[int, int]]:
-    """Rows and columns of all in `matrices`, in their order; the halves of a pair are one matrix."""
-    width, mlp_width = shape.width, shape.mlp_width
-    cortex, memory = (
-        [(rows, width), (width, width), (2 * mlp_width, width), (width, mlp_width)] for rows in (2 * width, 4 * width)
-    )
-    return cortex * shape.num_wernicke + memory * shape.num_memory + cortex * shape.num_broca

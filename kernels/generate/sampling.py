@@ -237,6 +237,21 @@ def record(
 
 
 @triton.jit
+def relayed(
+    token, p_read, p_embedding, p_taps, D: tl.constexpr, TAPS: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr
+):
+    """x `[BD]` = sum_j taps[j] * rms(E[id j places back]) for the token that a lane reads at p_read; -1 is no token."""
+    o_j, o_d = tl.arange(0, TAPS), tl.arange(0, BD)
+    inside = (o_d < D)[None, :]
+    ids = tl.where(o_j == 0, token, tl.load(p_read - o_j, mask=o_j > 0, other=0, cache_modifier=".cg"))
+    p_e = p_embedding + (tl.maximum(ids, 0) * D)[:, None] + o_d[None, :]
+    e = tl.load(p_e, mask=inside, other=0.0).to(tl.float32)
+    gain = tl.load(p_taps + o_j[:, None] * D + o_d[None, :], mask=inside & (ids >= 0)[:, None], other=0.0)
+    scale = tl.rsqrt(tl.sum(e * e, 1) / D + EPS)
+    return tl.sum(gain * e * scale[:, None], 0)
+
+
+@triton.jit
 def relay_lane(
     lane,
     token,
@@ -251,15 +266,10 @@ def relay_lane(
     EPS: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """x = sum_j taps[j] * rms(E[id j places back]) for the token a lane reads at `step`; -1 is no token."""
-    o_j, o_d = tl.arange(0, TAPS), tl.arange(0, BD)
-    inside = (o_d < D)[None, :]
-    p_past = p_ids + lane * num_ids + step + TAPS - 1 - o_j
-    ids = tl.where(o_j == 0, token, tl.load(p_past, mask=o_j > 0, other=0, cache_modifier=".cg"))
-    e = tl.load(p_embedding + (tl.maximum(ids, 0) * D)[:, None] + o_d[None, :], mask=inside, other=0.0).to(tl.float32)
-    gain = tl.load(p_taps + o_j[:, None] * D + o_d[None, :], mask=inside & (ids >= 0)[:, None], other=0.0)
-    scale = tl.rsqrt(tl.sum(e * e, 1) / D + EPS)
-    tl.store(p_x + lane * D + o_d, tl.sum(gain * e * scale[:, None], 0), mask=o_d < D)
+    """Store what `relayed` gives for the token a lane reads at `step`."""
+    o_d = tl.arange(0, BD)
+    p_read = p_ids + lane * num_ids + step + TAPS - 1
+    tl.store(p_x + lane * D + o_d, relayed(token, p_read, p_embedding, p_taps, D, TAPS, EPS, BD), mask=o_d < D)
 
 
 @triton.jit
@@ -269,15 +279,10 @@ def relay_columns(
     SPLIT: tl.constexpr,
 ):  # fmt: skip
     """As `relay_lane`; x also as columns `[BL, D]`, and the sum of its squares as the first program's share."""
-    o_j, o_d = tl.arange(0, TAPS), tl.arange(0, BD)
+    o_d = tl.arange(0, BD)
     inside = o_d < D
-    p_past = p_ids + lane * num_ids + step + TAPS - 1 - o_j
-    ids = tl.where(o_j == 0, token, tl.load(p_past, mask=o_j > 0, other=0, cache_modifier=".cg"))
-    p_e = p_embedding + (tl.maximum(ids, 0) * D)[:, None] + o_d[None, :]
-    e = tl.load(p_e, mask=inside[None, :], other=0.0).to(tl.float32)
-    gain = tl.load(p_taps + o_j[:, None] * D + o_d[None, :], mask=inside[None, :] & (ids >= 0)[:, None], other=0.0)
-    scale = tl.rsqrt(tl.sum(e * e, 1) / D + EPS)
-    x = tl.sum(gain * e * scale[:, None], 0)
+    p_read = p_ids + lane * num_ids + step + TAPS - 1
+    x = relayed(token, p_read, p_embedding, p_taps, D, TAPS, EPS, BD)
     tl.store(p_x + lane * D + o_d, x, mask=inside)
     rounded = x.to(p_columns.dtype.element_ty)
     if SPLIT:

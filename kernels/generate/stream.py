@@ -47,7 +47,7 @@ def stream_table(
     fetch, use = [], []
     base = 0
     gated = shape.num_wernicke + shape.num_memory if shape.go_gate else -1
-    for kind, layer, _, num_rows, width_in, halves in _matrices(shape):
+    for kind, layer, _, num_rows, width_in, halves in matrices_in_order(shape):
         num_units = -(-num_rows // rows)
         num_chunks = -(-width_in // channels)
         each = -(-num_units // num_programs)
@@ -82,7 +82,7 @@ def tile_weights(
     each matrix (or half of a pair) the blocks of rows, for each block the chunks of its channels."""
     channels = outer * inner * slice_channels
     pieces = []
-    for kind, _, offset, num_rows, width_in, halves in _matrices(shape):
+    for kind, _, offset, num_rows, width_in, halves in matrices_in_order(shape):
         flat = decoder.reshape(-1) if kind == DECODE.value else matrices
         for half in range(halves):
             first = offset + half * num_rows * width_in
@@ -101,7 +101,7 @@ def turn_scales(shape: BrainShape, table: Tensor, scales: Tensor, rows: int) -> 
     first_row = torch.zeros(shape.num_cortex + shape.num_memory + 1, 6, dtype=torch.int64)
     rows_of_half = torch.zeros_like(first_row)
     total = 0
-    for of_kind, of_layer, _, num_rows, _, halves in _matrices(shape):
+    for of_kind, of_layer, _, num_rows, _, halves in matrices_in_order(shape):
         first_row[of_layer, of_kind], rows_of_half[of_layer, of_kind] = total, num_rows
         total += num_rows * halves
     first_row, rows_of_half = first_row.to(table.device), rows_of_half.to(table.device)
@@ -111,7 +111,7 @@ def turn_scales(shape: BrainShape, table: Tensor, scales: Tensor, rows: int) -> 
     return torch.where(row < left[..., None], scales[index], 0.0)
 
 
-def _matrices(shape: BrainShape) -> list[tuple[int, int, int, int, int, int]]:
+def matrices_in_order(shape: BrainShape) -> list[tuple[int, int, int, int, int, int]]:
     """In the order they are read: what a matrix is for, its layer, its offset in `matrices`, its rows, its channels and
     whether it is a pair."""
     width, mlp_width = shape.width, shape.mlp_width

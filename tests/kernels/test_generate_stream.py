@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.generate.layout import BrainShape
-from kernels.generate.stream import DECODE, _matrices, stream_table, tile_weights
+from kernels.generate.stream import DECODE, matrices_in_order, stream_table, tile_weights
 
 
 @pytest.mark.parametrize(("num_programs", "rows", "slices"), [(5, 16, 2), (132, 16, 4), (1, 512, 4), (3, 16, 1)])
@@ -16,7 +16,7 @@ def test_every_weight_is_read_once(num_programs: int, rows: int, slices: int) ->
     tiles = tile_weights(shape, matrices, decoder, rows, slices, 1, 16).squeeze(3)
     table = stream_table(shape, num_programs, rows, slices * 16, torch.device("cpu"))
     read: Counter[tuple[int, ...]] = Counter()
-    halves = {(layer, kind): value for kind, layer, *value in _matrices(shape)}
+    halves = {(layer, kind): value for kind, layer, *value in matrices_in_order(shape)}
     for fetch, use in table.flatten(0, 1).tolist():
         first, layer, chunk, kind, half = use >> 36, (use >> 24) & 4095, (use >> 8) & 63, (use >> 4) & 7, (use >> 3) & 1
         left = (use >> 14) & 1023
