@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from neurogen.training.update import Update
 
 @dataclass(frozen=True)
 class Workload:
-    """A model size and a batch; `gpt_layers` gives the GPT about as many parameters."""
+    """A model size and a batch; `gpt` has about as many parameters. `alone`: timed in its fastest mode only."""
 
     name: str
     brain: BrainConfig
@@ -34,6 +34,7 @@ class Workload:
     vocab_size: int
     lanes: int
     tokens: int
+    alone: bool = False
 
 
 def workloads(*, small: bool) -> Iterator[Workload]:
@@ -47,6 +48,9 @@ def workloads(*, small: bool) -> Iterator[Workload]:
     yield Workload("base", base, gpt_base, 50257, 32, 1024)
     yield Workload("base, one sequence", base, gpt_base, 50257, 1, 500)
     yield Workload("small", small_brain, gpt_small, 257, 64, 512)
+    # What parts of the brain that do not lower the loss (docs/LOG.md) cost in time.
+    yield Workload("small, no lateral weights", replace(small_brain, lateral=False), gpt_small, 257, 64, 512, alone=True)
+    yield Workload("small, no Go gate", replace(small_brain, go_gate=False), gpt_small, 257, 64, 512, alone=True)
 
 
 def _machine_cases(dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
@@ -85,6 +89,8 @@ def cases(*, small: bool) -> Iterator[Case]:
             overlapped = _brain_step(work, "fused", dtype, graph=True, moments=moments, overlap=Overlap())
             contenders.append(Contender(f"neurogen fused, CUDA graph, update overlapped{name}", overlapped))
         contenders.append(Contender("GPT, torch.compile", _gpt_step(work, dtype)))
+        if work.alone:
+            contenders = contenders[:1]
         yield Case(
             f"train step, {work.name}",
             {"B": work.lanes, "T": work.tokens, "D": work.brain.embedding_dim, "V": work.vocab_size},
