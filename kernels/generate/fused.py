@@ -50,7 +50,8 @@ def generate_fused(
     check_launchable("generate", token_ids, brain.embedding, brain.matrices, brain.vectors, *state)
     shape, num_lanes, device = brain.shape, token_ids.shape[0], token_ids.device
     check_shape(shape, num_lanes)
-    num_programs = 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+    properties = None if INTERPRETED else torch.cuda.get_device_properties(device)
+    num_programs = 1 if properties is None else properties.multi_processor_count
     is_stream = num_lanes <= MAX_STREAM_LANES
     is_int8 = brain.scales is not None
     if is_int8:
@@ -67,7 +68,8 @@ def generate_fused(
     elif is_stream:
         tiles = choose_stream(shape, num_lanes, dtype, num_programs)
     else:
-        tiles = choose_tiles(shape, num_lanes, dtype, num_programs)
+        room = {} if properties is None else {"shared_bytes": properties.shared_memory_per_block_optin}
+        tiles = choose_tiles(shape, num_lanes, dtype, num_programs, **room)
     greedy = sampling.temperature == 0
     filters = {
         "TOP_K": 0 < sampling.top_k < shape.vocab_size,
@@ -87,7 +89,7 @@ def generate_fused(
     filtered = any(filters.values()) and not greedy
     if isinstance(tiles, Tiles):
         weights = [brain.embedding, brain.decoder, brain.matrices, brain.vectors]
-        scratch = _scratch(shape, num_lanes, num_programs, filtered, device)
+        scratch = _scratch(shape, tiles, num_lanes, num_programs, filtered, brain.matrices)
     else:
         if isinstance(tiles, PacketTiles):
             tiled = _tiled(brain, tiles.R, tiles.NH, tiles.NI, tiles.KS)
@@ -115,7 +117,7 @@ def generate_fused(
         cortex,
         fast_weight,
         *scratch,
-        torch.zeros(1, dtype=torch.int32 if is_stream else torch.int64, device=device),
+        torch.zeros(1, dtype=torch.int32, device=device),
         *([table] if is_stream else []),
         *([] if is_packets else [num_lanes]),
         shape.num_wernicke,
@@ -192,21 +194,22 @@ def _signed(word: int) -> int:
 
 
 def _scratch(
-    shape: BrainShape, num_lanes: int, num_programs: int, filtered: bool, device: torch.device
+    shape: BrainShape, tiles: Tiles, num_lanes: int, num_programs: int, filtered: bool, like: Tensor
 ) -> list[Tensor]:
     """Activations between phases, in the kernel's order."""
-    sizes = [
-        num_lanes * shape.width,
-        num_lanes * shape.width * 4,
-        num_lanes * shape.width,
-        num_lanes * shape.mlp_width,
-        num_lanes * shape.num_columns,
-        num_programs * num_lanes * 4,
+    return [
+        like.new_empty(num_lanes * shape.width, dtype=torch.float32),
+        like.new_empty(num_lanes * shape.width),
+        like.new_empty(num_lanes * shape.width),
+        like.new_empty(num_lanes * shape.mlp_width),
+        like.new_empty(num_lanes * shape.width * 4, dtype=torch.float32),
+        like.new_empty(tiles.BL * shape.width // min(tiles.PAIR.rows, tiles.CU), dtype=torch.float32),
+        like.new_empty(num_programs * tiles.BL, dtype=torch.float32),
+        like.new_empty(num_lanes * shape.num_columns, dtype=torch.float32),
+        like.new_empty(num_programs * num_lanes * 4, dtype=torch.float32),
+        like.new_empty(num_programs * num_lanes, dtype=torch.int32),
+        like.new_empty(3 * num_lanes * shape.vocab_size if filtered else 1, dtype=torch.float32),
     ]
-    floats = [torch.empty(size, device=device) for size in sizes]
-    candidate_id = torch.empty(num_programs * num_lanes, dtype=torch.int32, device=device)
-    logits = torch.empty(3 * num_lanes * shape.vocab_size if filtered else 1, device=device)
-    return [*floats, candidate_id, logits]
 
 
 def _stream_scratch(

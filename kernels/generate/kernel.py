@@ -1,105 +1,147 @@
-"""The launch itself: N tokens of B lanes, from relay to draw, without coming back to the host.
+"""The launch for many lanes: N tokens of B lanes, from relay to draw, without coming back to the host.
 
 Layers are reached by arithmetic: three loops (cortex, memory, gated cortex) over blocks of equal size, in the order of
-`layout.PackedBrain`, so one compiled kernel serves any depths.
+`layout.PackedBrain`, so one compiled kernel serves any depths. A phase begins by waiting for all programs and ends by
+saying that its own part is there; what waits for nobody is done in between.
 """
 
 import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 import triton
 import triton.language as tl
 
-from kernels.generate.device import grid_barrier, prefetch_rows
+from kernels.generate.device import prefetch_rows, share, this_program
 from kernels.generate.phases import (
+    add_rows,
     cortex_in,
-    cortex_out,
-    fetch_memory,
     go_gates,
+    lateral_input,
+    memory_in,
     memory_unit,
-    plain_rows,
     swiglu_in,
 )
-from kernels.generate.sampling import all_ended, filtered_winner, race, record, relay_lane, winner
+from kernels.generate.sampling import all_ended, filtered_winner, race, record, relay_columns, winner
+from kernels.generate.stream_phases import arrive, fetch_memory, wait
+
+
+@triton.jit
+def enter(p_counter, arrived, SINGLE: tl.constexpr):
+    """Begin a phase, when as many arrivals have been counted, and return this program's number."""
+    wait(p_counter, arrived, SINGLE)
+    return this_program(SINGLE)
+
+
+@triton.jit
+def leave(
+    p_counter, arrived, p_next, num_rows, pair_offset, unit, K: tl.constexpr, GROUPS: tl.constexpr,
+    LINES: tl.constexpr, SINGLE: tl.constexpr,
+):  # fmt: skip
+    """End a phase, ask for the beginning of the matrix that is read next, and return what to wait for before that."""
+    arrive(p_counter, SINGLE)
+    prefetch_rows(this_program(SINGLE), p_next, num_rows, pair_offset, unit, K, GROUPS, LINES)
+    return arrived + tl.num_programs(0)
 
 
 @triton.jit
 def mlp(
-    p_x, p_hidden, p_matrix, p_next, next_rows, next_pair, num_lanes, p_counter,
-    D: tl.constexpr, M: tl.constexpr, EPS: tl.constexpr, BL: tl.constexpr, BR_MLP: tl.constexpr, BR_OUT: tl.constexpr,
-    BK: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr,
-    SINGLE: tl.constexpr,
+    p_x, p_x_columns, p_hidden, p_square, p_matrix, p_next, next_rows, next_pair, next_unit, num_lanes, p_counter,
+    arrived,
+    D: tl.constexpr, M: tl.constexpr, EPS: tl.constexpr, GROUPS: tl.constexpr, BQ: tl.constexpr, BL: tl.constexpr,
+    BR_MLP: tl.constexpr, NB_MLP: tl.constexpr, KS_MLP: tl.constexpr, ST_MLP: tl.constexpr,
+    BR_OUT: tl.constexpr, NB_OUT: tl.constexpr, KS_OUT: tl.constexpr, ST_OUT: tl.constexpr,
+    LINES: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """x += W_out (silu(g) u); p_next is the matrix that is read after it."""
-    swiglu_in(p_x, p_hidden, p_matrix, num_lanes, D, M, EPS, BL, BR_MLP, BK, DOT, STAGES)
+    program = enter(p_counter, arrived, SINGLE)
+    swiglu_in(
+        program, p_x_columns, p_square, p_hidden, p_matrix, num_lanes, D, M, EPS, GROUPS, BQ, BL, BR_MLP, NB_MLP, KS_MLP, ST_MLP
+    )
     p_out = p_matrix + 2 * M * D
-    prefetch_rows(p_out, D, 0, M, 1, LINES)
-    grid_barrier(p_counter, SINGLE)
-    plain_rows(p_hidden, p_x, p_out, D, num_lanes, M, False, True, EPS, BL, BR_OUT, BM, DOT, STAGES)
-    prefetch_rows(p_next, next_rows, next_pair, D, 1, LINES)
-    grid_barrier(p_counter, SINGLE)
+    arrived = leave(p_counter, arrived, p_out, D, 0, 1, M, GROUPS, LINES, SINGLE)
+    program = enter(p_counter, arrived, SINGLE)
+    add_rows(
+        program, p_hidden, p_square, p_square, False, p_x, p_x, p_x, p_x_columns, p_square, p_out, num_lanes,
+        D, M, D, 0, 0, False, False, EPS, GROUPS, BL, BR_OUT, NB_OUT, KS_OUT, ST_OUT,
+    )  # fmt: skip
+    return leave(p_counter, arrived, p_next, next_rows, next_pair, next_unit, D, 1, LINES, SINGLE)
 
 
 @triton.jit
 def cortex_layer(
-    p_x, p_inner, p_hidden, p_go, p_go_vector, p_state, p_matrix, p_vector, p_next, next_rows, next_pair,
-    p_lengths, step, num_lanes, make_go, gated, p_counter,
+    p_x, p_x_columns, p_columns, p_spikes, p_share, p_square, p_go, p_go_vector, p_state, p_matrix, p_vector,
+    p_lengths, step, num_lanes, make_go, gated, p_counter, arrived,
     D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, GO: tl.constexpr, GRADED: tl.constexpr, THETA: tl.constexpr,
-    BETA: tl.constexpr, RHO: tl.constexpr, EPS: tl.constexpr, BL: tl.constexpr, BR_PAIR: tl.constexpr,
-    BR_MLP: tl.constexpr, BR_OUT: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
-    DOT: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, SINGLE: tl.constexpr,
+    BETA: tl.constexpr, RHO: tl.constexpr, EPS: tl.constexpr, GROUPS: tl.constexpr, BQ: tl.constexpr,
+    BL: tl.constexpr, BD: tl.constexpr,
+    BR_PAIR: tl.constexpr, NB_PAIR: tl.constexpr, KS_PAIR: tl.constexpr, ST_PAIR: tl.constexpr,
+    BR_OUT: tl.constexpr, NB_OUT: tl.constexpr, KS_OUT: tl.constexpr, ST_OUT: tl.constexpr,
+    LINES: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    p_gates = p_inner + num_lanes * D
+    """x += W_out (rms_per_column(s) silu(z) go), s the spikes that W_in rms(x) makes."""
+    EXACT: tl.constexpr = p_matrix.dtype.element_ty == tl.float32
+    tile, _ = share(this_program(SINGLE), D, BR_PAIR, 1)
+    lateral = lateral_input(
+        p_state + 2 * num_lanes * D, p_vector, tile, D, num_lanes, D, C, BL, BR_PAIR, EXACT
+    )  # of the first tile: with no more tiles than programs, the only one
+    program = enter(p_counter, arrived, SINGLE)
     cortex_in(
-        p_x, p_inner, p_gates, p_state, p_matrix, p_vector, p_lengths, step, num_lanes,
-        D, C, GRADED, THETA, BETA, RHO, EPS, BL, BR_PAIR, BK, DOT, STAGES,
+        program, lateral, p_x_columns, p_square, p_columns, p_share, p_spikes, p_state, p_matrix, p_vector, p_lengths, step,
+        num_lanes,
+        D, C, GRADED, THETA, BETA, RHO, EPS, GROUPS, BQ, BL, BR_PAIR, NB_PAIR, KS_PAIR, ST_PAIR, EXACT,
     )  # fmt: skip
     if GO:  # noqa: SIM102, one is decided when compiled
         if make_go:
             go_gates(p_x, p_go, p_go_vector, num_lanes, D, D // C, EPS, BD)
     p_out = p_matrix + 2 * D * D
-    prefetch_rows(p_out, D, 0, D, 1, LINES)
-    grid_barrier(p_counter, SINGLE)
-    cortex_out(
-        p_x, p_inner, p_gates, p_go, p_state, p_out, num_lanes, gated, D, C, GO, EPS, BL, BR_OUT, BK, DOT, STAGES
-    )
-    p_mlp = p_matrix + 3 * D * D
-    prefetch_rows(p_mlp, M, M * D, D, 1, LINES)
-    grid_barrier(p_counter, SINGLE)
-    mlp(
-        p_x, p_hidden, p_mlp, p_next, next_rows, next_pair, num_lanes, p_counter,
-        D, M, EPS, BL, BR_MLP, BR_OUT, BK, BM, DOT, STAGES, LINES, SINGLE,
+    arrived = leave(p_counter, arrived, p_out, D, 0, 1, D, GROUPS, LINES, SINGLE)
+    program = enter(p_counter, arrived, SINGLE)
+    add_rows(
+        program, p_columns, p_share, p_go, gated, p_spikes, p_state + 2 * num_lanes * D, p_x, p_x_columns, p_square, p_out,
+        num_lanes,
+        D, D, C, C, BR_PAIR, GO, True, EPS, GROUPS, BL, BR_OUT, NB_OUT, KS_OUT, ST_OUT,
     )  # fmt: skip
+    return leave(p_counter, arrived, p_matrix + 3 * D * D, M, M * D, 1, D, 1, LINES, SINGLE)
 
 
 @triton.jit
 def memory_layer(
-    p_x, p_inner, p_y, p_hidden, p_state, p_matrix, p_vector, p_next, next_rows, next_pair,
-    p_lengths, step, num_lanes, p_counter,
-    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DELTA: tl.constexpr, EPS: tl.constexpr, BL: tl.constexpr,
-    BR_MEMORY: tl.constexpr, BR_MLP: tl.constexpr, BR_OUT: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
-    BD: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, SINGLE: tl.constexpr,
+    p_x, p_x_columns, p_columns, p_inner, p_share, p_square, p_state, p_matrix, p_vector,
+    p_lengths, step, num_lanes, p_counter, arrived,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DELTA: tl.constexpr, EPS: tl.constexpr, GROUPS: tl.constexpr,
+    BQ: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, CU: tl.constexpr,
+    BR_MEMORY: tl.constexpr, NB_MEMORY: tl.constexpr, KS_MEMORY: tl.constexpr, ST_MEMORY: tl.constexpr,
+    BR_OUT: tl.constexpr, NB_OUT: tl.constexpr, KS_OUT: tl.constexpr, ST_OUT: tl.constexpr,
+    LINES: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    H: tl.constexpr = D // N
-    num_units = num_lanes * H
-    plain_rows(p_x, p_inner, p_matrix, 4 * D, num_lanes, D, True, False, EPS, BL, BR_MEMORY, BK, DOT, STAGES)
-    unit = tl.program_id(0)
-    weight, forget, write = fetch_memory(unit, p_x, p_state, p_vector, num_units, D, H, N, DELTA, EPS, BD)
-    grid_barrier(p_counter, SINGLE)
-    while unit < num_units:
-        memory_unit(unit, weight, forget, write, p_inner, p_y, p_state, p_lengths, step, D, H, N, DELTA, EPS)
-        unit += tl.num_programs(0)
-        if unit < num_units:
-            weight, forget, write = fetch_memory(unit, p_x, p_state, p_vector, num_units, D, H, N, DELTA, EPS, BD)
-    p_out = p_matrix + 4 * D * D
-    prefetch_rows(p_out, D, 0, D, 1, LINES)
-    grid_barrier(p_counter, SINGLE)
-    plain_rows(p_y, p_x, p_out, D, num_lanes, D, False, True, EPS, BL, BR_OUT, BK, DOT, STAGES)
-    p_mlp = p_matrix + 5 * D * D
-    prefetch_rows(p_mlp, M, M * D, D, 1, LINES)
-    grid_barrier(p_counter, SINGLE)
-    mlp(
-        p_x, p_hidden, p_mlp, p_next, next_rows, next_pair, num_lanes, p_counter,
-        D, M, EPS, BL, BR_MLP, BR_OUT, BK, BM, DOT, STAGES, LINES, SINGLE,
+    """x += W_out (rms_per_head(what is read) silu(gate)), after writing the fast weights."""
+    program = enter(p_counter, arrived, SINGLE)
+    memory_in(
+        program, p_x_columns, p_square, p_inner, p_matrix, num_lanes,
+        D, EPS, GROUPS, BQ, BL, BR_MEMORY, NB_MEMORY, KS_MEMORY, ST_MEMORY,
     )  # fmt: skip
+    p_out = p_matrix + 4 * D * D
+    arrived = leave(p_counter, arrived, p_out, D, 0, 1, D, GROUPS, LINES, SINGLE)
+    num_units = num_lanes * (D // CU)
+    unit = this_program(SINGLE)
+    weight, forget, write = fetch_memory(unit, p_x, p_state, p_vector, num_units, D, N, DELTA, EPS, BD, CU)
+    wait(p_counter, arrived, SINGLE)
+    while unit < num_units:
+        # The next unit's weights are on their way while this one's are worked on.
+        following = unit + tl.num_programs(0)
+        next_weight, next_forget, next_write = fetch_memory(
+            following, p_x, p_state, p_vector, num_units, D, N, DELTA, EPS, BD, CU
+        )
+        memory_unit(
+            unit, weight, forget, write, p_inner, p_columns, p_share, p_state, p_lengths, step,
+            D, N, DELTA, EPS, CU, BL,
+        )  # fmt: skip
+        unit, weight, forget, write = following, next_weight, next_forget, next_write
+    arrived = leave(p_counter, arrived, p_out, D, 0, 1, D, GROUPS, 0, SINGLE)
+    program = enter(p_counter, arrived, SINGLE)
+    add_rows(
+        program, p_columns, p_share, p_share, False, p_x, p_x, p_x, p_x_columns, p_square, p_out, num_lanes,
+        D, D, D, N, CU, False, False, EPS, GROUPS, BL, BR_OUT, NB_OUT, KS_OUT, ST_OUT,
+    )  # fmt: skip
+    return leave(p_counter, arrived, p_matrix + 5 * D * D, M, M * D, 1, D, 1, LINES, SINGLE)
 
 
 @triton.jit(do_not_specialize=["num_lanes", "num_wernicke", "num_memory", "num_broca", "seed_low", "seed_high", "top_k",
@@ -107,26 +149,31 @@ def memory_layer(
 def generate_kernel(
     p_embedding, p_decoder, p_matrices, p_vectors,
     p_ids, p_log_probs, p_lengths, p_seen, p_stop, p_lanes, p_positions, p_cortex, p_memory,
-    p_x, p_inner, p_y, p_hidden, p_go, p_candidate, p_candidate_id, p_logits, p_counter,
+    p_x, p_x_columns, p_columns, p_hidden, p_inner, p_share, p_square, p_go, p_candidate, p_candidate_id, p_logits,
+    p_counter,
     num_lanes, num_wernicke, num_memory, num_broca, num_ids, num_stop, limit, seed_low, seed_high,
     temperature, penalty, top_p, log_min_p, top_k,
     D: tl.constexpr, C: tl.constexpr, N: tl.constexpr, M: tl.constexpr, V: tl.constexpr, TAPS: tl.constexpr,
     GRADED: tl.constexpr, DELTA: tl.constexpr, GO: tl.constexpr, THETA: tl.constexpr, BETA: tl.constexpr,
     RHO: tl.constexpr, EPS: tl.constexpr,
     GREEDY: tl.constexpr, PENALTY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
-    BL: tl.constexpr, BR_PAIR: tl.constexpr, BR_MEMORY: tl.constexpr, BR_OUT: tl.constexpr, BR_MLP: tl.constexpr,
-    BR_DECODE: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BP: tl.constexpr,
-    BS: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, SINGLE: tl.constexpr,
+    BL: tl.constexpr, GROUPS: tl.constexpr, CU: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BP: tl.constexpr,
+    BQ: tl.constexpr, BS: tl.constexpr, LINES: tl.constexpr,
+    BR_PAIR: tl.constexpr, NB_PAIR: tl.constexpr, KS_PAIR: tl.constexpr, ST_PAIR: tl.constexpr,
+    BR_OUT: tl.constexpr, NB_OUT: tl.constexpr, KS_OUT: tl.constexpr, ST_OUT: tl.constexpr,
+    BR_MEMORY: tl.constexpr, NB_MEMORY: tl.constexpr, KS_MEMORY: tl.constexpr, ST_MEMORY: tl.constexpr,
+    BR_MLP: tl.constexpr, NB_MLP: tl.constexpr, KS_MLP: tl.constexpr, ST_MLP: tl.constexpr,
+    BR_DECODE: tl.constexpr, NB_DECODE: tl.constexpr, KS_DECODE: tl.constexpr, ST_DECODE: tl.constexpr,
+    SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Read the token at ids[b, TAPS - 1], draw the next, and so on until `limit` tokens are drawn or all lanes ended.
 
     ids `[B, num_ids]` begins with the TAPS - 1 recent ids and the first token; drawn tokens follow. lengths `[B]` is 0
-    until a lane meets a stop token, whose state is then held. Scratch: x, y `[B, D]`, inner `[B, 4D]`, hidden `[B, M]`,
-    go `[B, K]`, candidate `[4, P, B]`, candidate_id `[P, B]`, logits `[3, B, V]` with a filter, counter `[1]`.
+    until a lane meets a stop token, whose state is then held. Scratch: x `[B, D]`, x_columns and columns `[B, D]`,
+    hidden `[B, M]`, inner `[B, 4D]`, share `[D / min(BR_PAIR, CU), BL]`, square `[P, BL]`, go `[B, K]`, candidate
+    `[4, P, B]`, candidate_id `[P, B]`, logits `[3, B, V]` with a filter, counter `[1]`.
     """
     FILTER: tl.constexpr = (TOP_K or TOP_P or MIN_P) and not GREEDY
-    # A single lane with nothing to filter: every program finds the winner and relays it by itself, a barrier less.
-    SPREAD: tl.constexpr = BL > 1 or FILTER
     cortex_size: tl.constexpr = 3 * D * D + 3 * M * D
     memory_size: tl.constexpr = 5 * D * D + 3 * M * D
     cortex_vectors: tl.constexpr = (D * (C + 2) + 63) // 64 * 64
@@ -134,64 +181,80 @@ def generate_kernel(
     p_go_vector = p_vectors + (num_wernicke + num_broca) * cortex_vectors + num_memory * memory_vectors
     p_taps = p_go_vector + (((D // C) * (D + 1) + 63) // 64 * 64 if GO else 0)
     num_layers = num_wernicke + num_memory + num_broca
+    # What is read first: a memory's 4D rows, a cortex's D pairs, or the decoder.
+    first_is_memory = (num_wernicke == 0) & (num_memory > 0)
+    first_rows = tl.where(num_layers == 0, V, tl.where(first_is_memory, 4 * D, D))
+    first_pair = tl.where((num_layers == 0) | first_is_memory, 0, D * D)
+    first_unit = tl.where((num_layers == 0) | first_is_memory, 1, BR_PAIR)
+    p_first = p_matrices
+    if num_layers == 0:
+        p_first = p_decoder
 
     lane = tl.program_id(0)
     while lane < num_lanes:
         first = tl.load(p_ids + lane * num_ids + TAPS - 1)
-        relay_lane(lane, first, 0, p_ids, num_ids, p_embedding, p_taps, p_x, D, TAPS, EPS, BD)
+        relay_columns(
+            lane, first, 0, p_ids, num_ids, p_embedding, p_taps, p_x, p_x_columns, p_square, D, TAPS, EPS, BD, BP, BL,
+            False,
+        )  # fmt: skip
         lane += tl.num_programs(0)
-    grid_barrier(p_counter, SINGLE)
+    arrived = tl.full([], 0, tl.int32)
+    arrived = leave(p_counter, arrived, p_first, first_rows, first_pair, first_unit, D, 1, LINES, SINGLE)
 
-    first_is_memory = (num_wernicke == 0) & (num_memory > 0)
-    first_rows = tl.where(first_is_memory, 4 * D, D)
-    first_pair = tl.where(first_is_memory, 0, D * D)
     step = tl.full([], 0, tl.int32)
     while step < limit:
         p_matrix, p_vector, p_spiking, p_fast = p_matrices, p_vectors, p_cortex, p_memory
         layer = tl.full([], 0, tl.int32)
         while layer < num_layers:
             in_broca = layer >= num_wernicke + num_memory
-            # What is read after this layer: a memory's 4D rows, a cortex's D pairs, or the decoder.
             is_last = layer + 1 == num_layers
             next_is_memory = (layer + 1 >= num_wernicke) & (layer + 1 < num_wernicke + num_memory)
             next_rows = tl.where(is_last, V, tl.where(next_is_memory, 4 * D, D))
             next_pair = tl.where(is_last | next_is_memory, 0, D * D)
+            next_unit = tl.where(is_last | next_is_memory, 1, BR_PAIR)
             if layer >= num_wernicke and not in_broca:
-                p_next = p_matrix + memory_size
-                if is_last:
-                    p_next = p_decoder
-                memory_layer(
-                    p_x, p_inner, p_y, p_hidden, p_fast, p_matrix, p_vector, p_next, next_rows, next_pair,
-                    p_lengths, step, num_lanes, p_counter,
-                    D, M, N, DELTA, EPS, BL, BR_MEMORY, BR_MLP, BR_OUT, BK, BM, BD, DOT, STAGES, LINES, SINGLE,
+                arrived = memory_layer(
+                    p_x, p_x_columns, p_columns, p_inner, p_share, p_square, p_fast, p_matrix, p_vector,
+                    p_lengths, step, num_lanes, p_counter, arrived,
+                    D, M, N, DELTA, EPS, GROUPS, BQ, BL, BD, CU,
+                    BR_MEMORY, NB_MEMORY, KS_MEMORY, ST_MEMORY, BR_OUT, NB_OUT, KS_OUT, ST_OUT, LINES, SINGLE,
                 )  # fmt: skip
+                p_mlp = p_matrix + 5 * D * D
                 p_matrix += memory_size
                 p_vector += memory_vectors
                 p_fast += tl.cast(num_lanes, tl.int64) * D * N
             else:
-                p_next = p_matrix + cortex_size
-                if is_last:
-                    p_next = p_decoder
                 make_go = layer == num_wernicke + num_memory
-                cortex_layer(
-                    p_x, p_inner, p_hidden, p_go, p_go_vector, p_spiking, p_matrix, p_vector, p_next, next_rows,
-                    next_pair, p_lengths, step, num_lanes, make_go, in_broca, p_counter,
-                    D, M, C, GO, GRADED, THETA, BETA, RHO, EPS, BL, BR_PAIR, BR_MLP, BR_OUT, BK, BM, BD, DOT,
-                    STAGES, LINES, SINGLE,
+                arrived = cortex_layer(
+                    p_x, p_x_columns, p_columns, p_inner, p_share, p_square, p_go, p_go_vector, p_spiking, p_matrix,
+                    p_vector, p_lengths, step, num_lanes, make_go, in_broca, p_counter, arrived,
+                    D, M, C, GO, GRADED, THETA, BETA, RHO, EPS, GROUPS, BQ, BL, BD,
+                    BR_PAIR, NB_PAIR, KS_PAIR, ST_PAIR, BR_OUT, NB_OUT, KS_OUT, ST_OUT, LINES, SINGLE,
                 )  # fmt: skip
+                p_mlp = p_matrix + 3 * D * D
                 p_matrix += cortex_size
                 p_vector += cortex_vectors
                 p_spiking += 3 * num_lanes * D
+            p_next = p_matrix
+            if is_last:
+                p_next = p_decoder
+            arrived = mlp(
+                p_x, p_x_columns, p_hidden, p_square, p_mlp, p_next, next_rows, next_pair, next_unit, num_lanes,
+                p_counter, arrived,
+                D, M, EPS, GROUPS, BQ, BL, BR_MLP, NB_MLP, KS_MLP, ST_MLP, BR_OUT, NB_OUT, KS_OUT, ST_OUT,
+                LINES, SINGLE,
+            )  # fmt: skip
             layer += 1
 
+        program = enter(p_counter, arrived, SINGLE)
         race(
-            p_x, p_decoder, p_seen, p_lanes, p_positions, p_candidate, p_candidate_id, p_logits, step, num_lanes,
-            seed_low, seed_high, temperature, penalty,
-            D, V, GREEDY, PENALTY, FILTER, EPS, BL, BR_DECODE, BK, DOT, STAGES,
+            program, p_x_columns, p_square, p_decoder, p_seen, p_lanes, p_positions, p_candidate, p_candidate_id, p_logits,
+            step, num_lanes, seed_low, seed_high, temperature, penalty,
+            D, V, GREEDY, PENALTY, FILTER, EPS, GROUPS, BQ, BL, BR_DECODE, NB_DECODE, KS_DECODE, ST_DECODE, LINES,
         )  # fmt: skip
-        prefetch_rows(p_matrices, first_rows, first_pair, D, 1, LINES)
-        grid_barrier(p_counter, SINGLE)
-        lane = tl.program_id(0) * (1 if SPREAD else 0)
+        arrived = leave(p_counter, arrived, p_first, first_rows, first_pair, first_unit, D, 1, LINES, SINGLE)
+        wait(p_counter, arrived, SINGLE)
+        lane = tl.program_id(0)
         while lane < num_lanes:
             token, raw, log_sum = winner(lane, p_candidate, p_candidate_id, num_lanes, BP)
             if FILTER:
@@ -202,9 +265,14 @@ def generate_kernel(
                 lane, token, raw - log_sum, step, p_ids, p_log_probs, p_lengths, p_seen, p_stop, num_ids, num_stop,
                 limit, V, TAPS, PENALTY, BS,
             )  # fmt: skip
-            relay_lane(lane, token, step + 1, p_ids, num_ids, p_embedding, p_taps, p_x, D, TAPS, EPS, BD)
-            lane += tl.num_programs(0) if SPREAD else 1
-        grid_barrier(p_counter, SINGLE or not SPREAD)
+            relay_columns(
+                lane, token, step + 1, p_ids, num_ids, p_embedding, p_taps, p_x, p_x_columns, p_square,
+                D, TAPS, EPS, BD, BP, BL, False,
+            )  # fmt: skip
+            lane += tl.num_programs(0)
+        arrived = leave(p_counter, arrived, p_first, first_rows, first_pair, first_unit, D, 1, 0, SINGLE)
         step += 1
-        if num_stop > 0 and all_ended(p_lengths, num_lanes, step - 1, BL):
-            step = limit
+        if num_stop > 0:
+            wait(p_counter, arrived, SINGLE)
+            if all_ended(p_lengths, num_lanes, step - 1, BL):
+                step = limit

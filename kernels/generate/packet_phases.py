@@ -44,7 +44,7 @@ def relay_packets(
     token, step, p_ids, p_embedding, p_taps, p_packets,
     D: tl.constexpr, TAPS: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """As `relay_lane`, for a single lane."""
+    """As `relay_columns`, for a single lane."""
     o_d = tl.arange(0, BD)
     x = relayed(token, p_ids + step + TAPS - 1, p_embedding, p_taps, D, TAPS, EPS, BD)
     send(p_packets + o_d, x, step + 1, o_d < D)

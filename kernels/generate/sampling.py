@@ -9,43 +9,23 @@ import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 import triton
 import triton.language as tl
 
-from kernels.generate.device import project, share
+from kernels.generate.device import load_shares, norm_scale, prefetch, project, share
 from kernels.sample.device import exponential_draw, filter_threshold, penalized, philox_word
 
 
 @triton.jit
 def race(
-    p_x,
-    p_decoder,
-    p_seen,
-    p_lanes,
-    p_positions,
-    p_candidate,
-    p_candidate_id,
-    p_logits,
-    step,
-    num_lanes,
-    seed_low,
-    seed_high,
-    temperature,
-    penalty,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    GREEDY: tl.constexpr,
-    PENALTY: tl.constexpr,
-    FILTER: tl.constexpr,
-    EPS: tl.constexpr,
-    BL: tl.constexpr,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
-    DOT: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    program, p_x_columns, p_square, p_decoder, p_seen, p_lanes, p_positions, p_candidate, p_candidate_id, p_logits, step,
+    num_lanes, seed_low, seed_high, temperature, penalty,
+    D: tl.constexpr, V: tl.constexpr, GREEDY: tl.constexpr, PENALTY: tl.constexpr, FILTER: tl.constexpr,
+    EPS: tl.constexpr, GROUPS: tl.constexpr, BQ: tl.constexpr, BL: tl.constexpr, BR: tl.constexpr, NB: tl.constexpr,
+    KS: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
     """Logits of this program's ids, and per lane its best id with the score and logit of that, and the largest logit
     with the sum of exp(logit - largest). With FILTER also all raw logits, processed logits and scores, `[3, B, V]`."""
     o_l = tl.arange(0, BL)
     in_batch = o_l < num_lanes
-    tile, last = share(V, 1)
+    tile, last = share(program, V, 1, 1)
     best = tl.full([BL], float("-inf"), tl.float32)
     best_id = tl.zeros([BL], tl.int32)
     best_raw = tl.full([BL], float("-inf"), tl.float32)
@@ -54,9 +34,16 @@ def race(
     # Counters are taken modulo 2^32, as the definition does.
     lane_number = tl.load(p_lanes + o_l, mask=in_batch, other=0).to(tl.int32)
     position = (tl.load(p_positions + o_l, mask=in_batch, other=0) + step + 1).to(tl.int32)
+    scale = norm_scale(load_shares(p_square, num_lanes, GROUPS, BQ, BL), D, EPS)
     while tile < last:
         p_w = p_decoder + tile.to(tl.int64) * D
-        raw, _ = project(p_x, p_w, last - tile, num_lanes, 0, D, True, False, EPS, BL, BR, BK, DOT, STAGES)
+        # The next tile comes to L2 while this one is multiplied and raced.
+        prefetch(p_w + BR * D, tl.minimum(last - tile - BR, BR) * D, 0, LINES)
+        out = project(
+            p_x_columns, p_w, last - tile, num_lanes, 0, p_square, p_square, False,
+            D, False, 0, 0, False, D, EPS, BL, BL, BR, NB, KS, STAGES,
+        )  # fmt: skip
+        raw = tl.trans(out * scale)
         o_v = tile + tl.arange(0, BR)
         ids = (o_v < last)[None, :]
         mask = in_batch[:, None] & ids
@@ -109,7 +96,7 @@ def race_logits(
     stored."""
     o_l = tl.arange(0, BL)
     in_batch = o_l < num_lanes
-    tile, last = share(V, UNIT)
+    tile, last = share(tl.program_id(0), V, UNIT, 1)
     best = tl.full([BL], float("-inf"), tl.float32)
     best_id = tl.zeros([BL], tl.int32)
     best_raw = tl.full([BL], float("-inf"), tl.float32)
@@ -252,33 +239,13 @@ def relayed(
 
 
 @triton.jit
-def relay_lane(
-    lane,
-    token,
-    step,
-    p_ids,
-    num_ids,
-    p_embedding,
-    p_taps,
-    p_x,
-    D: tl.constexpr,
-    TAPS: tl.constexpr,
-    EPS: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """Store what `relayed` gives for the token a lane reads at `step`."""
-    o_d = tl.arange(0, BD)
-    p_read = p_ids + lane * num_ids + step + TAPS - 1
-    tl.store(p_x + lane * D + o_d, relayed(token, p_read, p_embedding, p_taps, D, TAPS, EPS, BD), mask=o_d < D)
-
-
-@triton.jit
 def relay_columns(
     lane, token, step, p_ids, num_ids, p_embedding, p_taps, p_x, p_columns, p_square,
     D: tl.constexpr, TAPS: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr, LN: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """As `relay_lane`; x also as columns `[BL, D]`, and the sum of its squares as the first program's share."""
+    """Store what `relayed` gives for the token a lane reads at `step`; also as columns `[BL, D]`, and the sum of its
+    squares as the first program's share."""
     o_d = tl.arange(0, BD)
     inside = o_d < D
     p_read = p_ids + lane * num_ids + step + TAPS - 1

@@ -1,7 +1,8 @@
 """Tile sizes of the launch, by lanes, type and programs; what a GPU session tunes."""
 
 import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,88 +11,126 @@ from kernels.generate.activations import room_bytes
 from kernels.generate.layout import BrainShape
 
 
+_NUM_WARPS = 8
+
+
+class Block(NamedTuple):
+    """A tile of weights: at most so many rows (of a pair of matrices, of each), slices of channels, channels of a
+    slice, and stages of the loop over tiles (1: none is fetched ahead). With one slice all warps share a product, with more each has its own."""
+
+    rows: int
+    slices: int
+    channels: int
+    stages: int
+
+
 @dataclass(frozen=True)
 class Tiles:
-    """Constants of the launch.
+    """Constants of the launch for many lanes.
 
     Arguments:
-        BL: lanes, padded. BK, BM: channels of a tile of width D and M. BD, BV, BP: D, ids and programs at once, padded.
-        BR_PAIR, BR_MEMORY, BR_OUT, BR_MLP, BR_DECODE: rows of a tile in each kind of phase.
-        DOT: whether products are matrix products over lanes. STAGES: tiles in flight.
+        BL: lanes, padded. GROUPS: groups of programs that divide them in the phases that add to x.
+        PAIR, OUT, MEMORY, MLP, DECODE: tiles of a cortex layer's input, of what adds to x, of a memory layer's input,
+            of a SwiGLU's input and of the decoder.
+        CU: value channels of a head that are one unit of memory.
+        BD, BV, BP, BQ: D, ids, programs and programs of a group at once, padded.
         LINES: cache lines of 128 bytes a program prefetches for the next phase before a barrier; 0 for none.
     """
 
     BL: int
-    BR_PAIR: int
-    BR_MEMORY: int
-    BR_OUT: int
-    BR_MLP: int
-    BR_DECODE: int
-    BK: int
-    BM: int
+    GROUPS: int
+    PAIR: Block
+    OUT: Block
+    MEMORY: Block
+    MLP: Block
+    DECODE: Block
+    CU: int
     BD: int
     BV: int
     BP: int
-    DOT: bool
-    STAGES: int
+    BQ: int
     LINES: int
-    num_warps: int = 8
+    num_warps: int = _NUM_WARPS
 
-    def constexprs(self) -> dict[str, int | bool]:
-        """Keyword arguments of the kernel."""
-        constants = asdict(self)
-        del constants["num_warps"]
+    def constexprs(self) -> dict[str, int]:
+        """Keyword arguments of the kernel: a block's as BR_, NB_, KS_ and ST_ with its name."""
+        constants = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Block):
+                constants |= {f"{part}_{field.name}": n for part, n in zip(("BR", "NB", "KS", "ST"), value)}
+            elif field.name != "num_warps":
+                constants[field.name] = value
         return constants
 
 
-# (lanes padded, bytes of a weight): channels of a tile, rows at most (single, pair), stages.
-_TABLE = {
-    (1, 2): (256, 64, 32, 4),
-    (1, 4): (256, 16, 16, 3),
-    (16, 2): (128, 32, 32, 4),
-    (16, 4): (64, 32, 16, 2),
-    (32, 2): (128, 32, 32, 3),
-    (32, 4): (64, 16, 16, 2),
-    (64, 2): (128, 32, 16, 2),
-    (64, 4): (64, 16, 16, 2),
-}
 _INTERPRETED_TILE = 512
 _PREFETCH_LINES = 512  # 64 KB a program, about two microseconds of a card's memory rate
+_WARPGROUP_ROWS = 64  # of a product that a warpgroup makes
+
+
+def _block(rows: int, pair: bool, lanes: int, width: int, group: int, itemsize: int, ring_bytes: int) -> Block:
+    """The tile for at most `rows` rows of a program, whose slices must lie in a group of channels."""
+    all_rows = 2 * rows if pair else rows
+    padded = triton.next_power_of_2(width)
+    if itemsize == 4:
+        slices, channels, most = 1, min(64, group, padded), 2
+    elif all_rows < _WARPGROUP_ROWS and lanes < _WARPGROUP_ROWS:
+        slices, channels, most = 8, min(64, group, max(16, padded // 8)), 4
+    else:
+        slices, channels, most = 1, min(128, group, padded), 6
+    stage_bytes = (all_rows + lanes) * slices * channels * itemsize
+    while stage_bytes * 2 > ring_bytes and channels > 16:
+        channels, stage_bytes = channels // 2, stage_bytes // 2
+    # Only copies of 16 bytes a thread go past the first-level cache, as what other programs wrote has to.
+    is_past = lanes * slices * channels * itemsize >= 16 * 32 * _NUM_WARPS
+    return Block(rows, slices, channels, max(2, min(most, ring_bytes // stage_bytes)) if is_past else 1)
 
 
 def choose_tiles(
-    shape: BrainShape, num_lanes: int, dtype: torch.dtype, num_programs: int, *, lines: int = _PREFETCH_LINES
+    shape: BrainShape,
+    num_lanes: int,
+    dtype: torch.dtype,
+    num_programs: int,
+    *,
+    lines: int = _PREFETCH_LINES,
+    shared_bytes: int = 227 * 1024,
 ) -> Tiles:
     """Tiles for a brain: rows of a tile are just enough for a program's share of a phase, up to a limit."""
-    dot = num_lanes > 1
-    padded_lanes = max(16, triton.next_power_of_2(num_lanes)) if dot else 1
-    channels, most_rows, most_pairs, stages = _TABLE[padded_lanes, dtype.itemsize]
-    if num_programs == 1:
-        # The interpreter takes as long for a large tile as for a small one.
-        channels = most_rows = most_pairs = _INTERPRETED_TILE
+    padded_lanes = max(16, triton.next_power_of_2(num_lanes))
+    interpreted, exact = num_programs == 1, dtype.itemsize == 4
+    groups = 2 if padded_lanes == 64 and num_programs > 1 else 1
+    group = min(shape.column_width, shape.head_width)
 
-    def rows(total: int, most: int) -> int:
-        each = triton.next_power_of_2(triton.cdiv(total, num_programs))
-        return min(max(each, 16 if dot else 4), most)
+    def block(total: int, most: int, *, width: int = shape.width, pair: bool = False, out: bool = False) -> Block:
+        most = min(most, 16 if pair else 32) if exact else most
+        if interpreted:
+            # The interpreter takes as long for a large tile as for a small one.
+            channels = min(64, group, triton.next_power_of_2(width))
+            return Block(min(_INTERPRETED_TILE, most), max(1, _INTERPRETED_TILE // channels), channels, 2)
+        each = triton.next_power_of_2(triton.cdiv(total, num_programs // (groups if out else 1)))
+        lanes = padded_lanes // (groups if out else 1)
+        rows = min(max(each, 16), most)
+        return _block(rows, pair, lanes, width, group if out else 256, dtype.itemsize, shared_bytes * 6 // 7)
 
-    def tile(width: int) -> int:
-        return min(max(channels, shape.column_width), triton.next_power_of_2(width))
-
+    most = _INTERPRETED_TILE if interpreted else 64
+    unit = min(shape.head_width, 128 if padded_lanes == 64 else 64)
+    while unit > 16 and num_lanes * shape.width < num_programs * unit:
+        unit //= 2
     return Tiles(
         BL=padded_lanes,
-        BR_PAIR=rows(shape.width, min(most_pairs, shape.column_width)),
-        BR_MEMORY=rows(4 * shape.width, most_rows),
-        BR_OUT=rows(shape.width, most_rows),
-        BR_MLP=rows(shape.mlp_width, most_pairs),
-        BR_DECODE=rows(shape.vocab_size, most_rows),
-        BK=tile(shape.width),
-        BM=tile(shape.mlp_width),
+        GROUPS=groups,
+        PAIR=block(shape.width, min(16, shape.column_width), pair=True),
+        OUT=block(shape.width, min(32, most), width=max(shape.width, shape.mlp_width), out=True),
+        MEMORY=block(4 * shape.width, most),
+        MLP=block(shape.mlp_width, most // 2, pair=True),
+        DECODE=block(shape.vocab_size, 2 * most),
+        CU=unit,
         BD=triton.next_power_of_2(shape.width),
         BV=min(2048, triton.next_power_of_2(shape.vocab_size)),
         BP=triton.next_power_of_2(num_programs),
-        DOT=dot,
-        STAGES=stages,
-        LINES=0 if num_programs == 1 else lines,
+        BQ=triton.next_power_of_2(max(1, num_programs // groups)),
+        LINES=0 if interpreted else lines,
     )
 
 

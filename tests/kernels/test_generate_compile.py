@@ -61,7 +61,7 @@ def compile_launch(name: str, size: str, lanes: int, dtype_name: str, capability
         tiles = choose_stream(shape, lanes, dtype, 132)
         block = f"1,{tiles.NB},{tiles.R},{tiles.KS}"
     else:
-        tiles = choose_tiles(shape, lanes, dtype, 132)
+        tiles = choose_tiles(shape, lanes, dtype, 132, shared_bytes=SHARED_LIMITS[capability])
     flags = dict.fromkeys(("DELTA", "GREEDY", "PENALTY", "TOP_K", "TOP_P", "MIN_P", "SINGLE"), False)
     constants = dict(
         D=shape.width, C=shape.column_width, N=shape.head_width, M=shape.mlp_width, V=shape.vocab_size, TAPS=4,
@@ -72,17 +72,17 @@ def compile_launch(name: str, size: str, lanes: int, dtype_name: str, capability
     weight = "fp32" if dtype == torch.float32 else "bf16"
     tile = "u8" if dtype == torch.uint8 else weight
     types = dict.fromkeys(("p_ids", "p_stop", "p_lanes", "p_positions", "p_table"), "*i64")
-    types |= dict.fromkeys(("p_embedding", "p_decoder", "p_matrices", "p_x_columns", "p_columns"), "*" + weight)
+    types |= dict.fromkeys(("p_embedding", "p_decoder", "p_matrices"), "*" + weight)
+    types |= dict.fromkeys(("p_x_columns", "p_columns", "p_hidden"), "*" + weight)
     types |= {
         "p_packets": "*i32" if dtype.itemsize == 1 else "*i64",
         "p_lengths": "*i32",
         "p_candidate_id": "*i32",
         "p_seen": "*i8",
     }
-    if name == "generate":
-        types["p_counter"] = "*i64"
-    else:
-        types |= {"p_counter": "*i32", "p_hidden": "*" + weight, "d_tiles": f"tensordesc<{tile}[{block}]>"}
+    types["p_counter"] = "*i32"
+    if name != "generate":
+        types["d_tiles"] = f"tensordesc<{tile}[{block}]>"
     types |= dict.fromkeys(("temperature", "penalty", "top_p", "log_min_p"), "fp32")
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "*fp32" if name[:2] == "p_" else "i32") for name in kernel.arg_names}
