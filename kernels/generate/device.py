@@ -22,6 +22,12 @@ def this_program(SINGLE: tl.constexpr):
 
 
 @triton.jit
+def numbers(program, N: tl.constexpr):
+    """0 to N, of which the compiler knows as little."""
+    return tl.arange(0, N) + (program - tl.program_id(0))
+
+
+@triton.jit
 def share(program, num_rows, unit, GROUPS: tl.constexpr):
     """First row and end of a program's share of `num_rows`, in multiples of `unit`; with GROUPS each of so many groups
     of programs has all rows between its own."""
@@ -61,13 +67,13 @@ def prefetch(weights, size, pair_offset, LINES: tl.constexpr):
 
 @triton.jit
 def slice_shares(
-    p_share, p_go, k, num_lanes, gated,
+    program, p_share, p_go, k, num_lanes, gated,
     K: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr, GO: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr,
     BL: tl.constexpr, NB: tl.constexpr, KS: tl.constexpr,
 ):  # fmt: skip
     """For the NB slices of KS channels from k: the shares of their groups' sums of squares, [NB, GROUP / SHARE, BL],
     and their columns' gates, [NB, BL]. A slice lies in one group."""
-    o_s, o_l = k + tl.arange(0, NB) * KS, tl.arange(0, BL)
+    o_s, o_l = k + tl.arange(0, NB) * KS, numbers(program, BL)
     inside = (o_s < K)[:, None] & (o_l < num_lanes)[None, :]
     PARTS: tl.constexpr = GROUP // SHARE
     o_p = (o_s // GROUP * PARTS)[:, None, None] + tl.arange(0, PARTS)[None, :, None]
@@ -82,7 +88,7 @@ def slice_shares(
 
 @triton.jit
 def project(
-    p_columns, p_w, num_rows, num_lanes, pair_offset, p_share, p_go, gated,
+    program, p_columns, p_w, num_rows, num_lanes, pair_offset, p_share, p_go, gated,
     K: tl.constexpr, PAIR: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr, GO: tl.constexpr, C: tl.constexpr,
     EPS: tl.constexpr, LANES: tl.constexpr, BL: tl.constexpr, BR: tl.constexpr, NB: tl.constexpr, KS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -100,7 +106,7 @@ def project(
             keep the warps busy; sums meet at the end. With one, all of them share the products of KS channels.
     """
     R: tl.constexpr = 2 * BR if PAIR else BR
-    o_r, o_l = tl.arange(0, R), tl.arange(0, BL)
+    o_r, o_l = numbers(program, R), numbers(program, BL)
     if PAIR:
         p_r, rows = p_w + o_r // 2 * K + o_r % 2 * pair_offset, o_r // 2 < num_rows
     else:
@@ -108,7 +114,9 @@ def project(
     p_l, lanes = p_columns + o_l * K, o_l < num_lanes
     shares, go = tl.zeros([NB, 1, BL], tl.float32), tl.zeros([NB, BL], tl.float32)
     if SHARE:
-        shares, go = slice_shares(p_share, p_go, 0, num_lanes, gated, K, GROUP, SHARE, GO, C, LANES, BL, NB, KS)
+        shares, go = slice_shares(
+            program, p_share, p_go, 0, num_lanes, gated, K, GROUP, SHARE, GO, C, LANES, BL, NB, KS
+        )
     if NB > 1:
         o_k = tl.arange(0, NB)[:, None, None] * KS + tl.arange(0, KS)[None, None, :]
         acc = tl.zeros([NB, R, BL], tl.float32)
@@ -122,7 +130,7 @@ def project(
                 acc += product * (tl.rsqrt(tl.sum(shares, 1) / GROUP + EPS) * go)[:, None, :]
                 # Those of the next slices are asked for a turn ahead, as weights are.
                 shares, go = slice_shares(
-                    p_share, p_go, k + NB * KS, num_lanes, gated, K, GROUP, SHARE, GO, C, LANES, BL, NB, KS
+                    program, p_share, p_go, k + NB * KS, num_lanes, gated, K, GROUP, SHARE, GO, C, LANES, BL, NB, KS
                 )
             else:
                 acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision="ieee")
@@ -141,7 +149,7 @@ def project(
                 scale = tl.rsqrt(tl.sum(shares, 1) / GROUP + EPS) * go
                 acc += tl.dot(a, b, input_precision="ieee") * (tl.trans(scale) if SWAP else scale)
                 shares, go = slice_shares(
-                    p_share, p_go, k + KS, num_lanes, gated, K, GROUP, SHARE, GO, C, LANES, BL, NB, KS
+                    program, p_share, p_go, k + KS, num_lanes, gated, K, GROUP, SHARE, GO, C, LANES, BL, NB, KS
                 )
             else:
                 acc = tl.dot(a, b, acc, input_precision="ieee")
@@ -155,9 +163,9 @@ def split_pairs(out, BR: tl.constexpr, BL: tl.constexpr):
 
 
 @triton.jit
-def load_shares(p_square, num_lanes, GROUPS: tl.constexpr, BQ: tl.constexpr, BL: tl.constexpr):
+def load_shares(program, p_square, num_lanes, GROUPS: tl.constexpr, BQ: tl.constexpr, BL: tl.constexpr):
     """The programs' shares of each lane's sum of squares, [BQ, BL]."""
-    o_p, o_l = tl.arange(0, BQ)[:, None], tl.arange(0, BL)[None, :]
+    o_p, o_l = numbers(program, BQ)[:, None], tl.arange(0, BL)[None, :]
     mask = (o_p < tl.num_programs(0) // GROUPS) & (o_l < num_lanes)
     return tl.load(p_square + o_p * BL + o_l, mask=mask, other=0.0, cache_modifier=".cg")
 

@@ -13,9 +13,10 @@ from kernels.generate.device import prefetch_rows, share, this_program
 from kernels.generate.phases import (
     add_rows,
     cortex_in,
-    go_gates,
+    go_gates_together,
     lateral_input,
     memory_in,
+    memory_inputs,
     memory_unit,
     swiglu_in,
 )
@@ -78,9 +79,10 @@ def cortex_layer(
 ):  # fmt: skip
     """x += W_out (rms_per_column(s) silu(z) go), s the spikes that W_in rms(x) makes."""
     EXACT: tl.constexpr = p_matrix.dtype.element_ty == tl.float32
-    tile, _ = share(this_program(SINGLE), D, BR_PAIR, 1)
+    program = this_program(SINGLE)
+    tile, _ = share(program, D, BR_PAIR, 1)
     lateral = lateral_input(
-        p_state + 2 * num_lanes * D, p_vector, tile, D, num_lanes, D, C, BL, BR_PAIR, EXACT
+        program, p_state + 2 * num_lanes * D, p_vector, tile, D, num_lanes, D, C, BL, BR_PAIR, EXACT
     )  # of the first tile: with no more tiles than programs, the only one
     program = enter(p_counter, arrived, SINGLE)
     cortex_in(
@@ -90,7 +92,7 @@ def cortex_layer(
     )  # fmt: skip
     if GO:  # noqa: SIM102, one is decided when compiled
         if make_go:
-            go_gates(p_x, p_go, p_go_vector, num_lanes, D, D // C, EPS, BD)
+            go_gates_together(program, p_x, p_go, p_go_vector, num_lanes, D, D // C, EPS, BD)
     p_out = p_matrix + 2 * D * D
     arrived = leave(p_counter, arrived, p_out, D, 0, 1, D, GROUPS, LINES, SINGLE)
     program = enter(p_counter, arrived, SINGLE)
@@ -127,11 +129,12 @@ def memory_layer(
     while unit < num_units:
         # The next unit's weights are on their way while this one's are worked on.
         following = unit + tl.num_programs(0)
+        q, k, v, gate = memory_inputs(unit, p_inner, D, N, CU)
         next_weight, next_forget, next_write = fetch_memory(
             following, p_x, p_state, p_vector, num_units, D, N, DELTA, EPS, BD, CU
         )
         memory_unit(
-            unit, weight, forget, write, p_inner, p_columns, p_share, p_state, p_lengths, step,
+            unit, weight, forget, write, q, k, v, gate, p_columns, p_share, p_state, p_lengths, step,
             D, N, DELTA, EPS, CU, BL,
         )  # fmt: skip
         unit, weight, forget, write = following, next_weight, next_forget, next_write
@@ -253,8 +256,8 @@ def generate_kernel(
             D, V, GREEDY, PENALTY, FILTER, EPS, GROUPS, BQ, BL, BR_DECODE, NB_DECODE, KS_DECODE, ST_DECODE, LINES,
         )  # fmt: skip
         arrived = leave(p_counter, arrived, p_first, first_rows, first_pair, first_unit, D, 1, LINES, SINGLE)
-        wait(p_counter, arrived, SINGLE)
-        lane = tl.program_id(0)
+        lane = enter(p_counter, arrived, SINGLE)
+        unknown_zero = lane - tl.program_id(0)
         while lane < num_lanes:
             token, raw, log_sum = winner(lane, p_candidate, p_candidate_id, num_lanes, BP)
             if FILTER:
@@ -266,7 +269,7 @@ def generate_kernel(
                 limit, V, TAPS, PENALTY, BS,
             )  # fmt: skip
             relay_columns(
-                lane, token, step + 1, p_ids, num_ids, p_embedding, p_taps, p_x, p_x_columns, p_square,
+                lane, token, step + 1, p_ids, num_ids, p_embedding, p_taps + unknown_zero, p_x, p_x_columns, p_square,
                 D, TAPS, EPS, BD, BP, BL, False,
             )  # fmt: skip
             lane += tl.num_programs(0)

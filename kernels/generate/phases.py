@@ -17,6 +17,7 @@ from kernels.generate.device import (
     load_shares,
     norm_scale,
     normed_dot,
+    numbers,
     project,
     share,
     sigmoid,
@@ -27,7 +28,7 @@ from kernels.generate.device import (
 
 @triton.jit
 def lateral_input(
-    p_spikes, p_lateral, tile, last, num_lanes,
+    program, p_spikes, p_lateral, tile, last, num_lanes,
     D: tl.constexpr, C: tl.constexpr, BL: tl.constexpr, BR: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """R s for neurons from `tile` on, [BR, BL], which lie in one column, from the last token's spikes `[B, D]`. EXACT
@@ -36,7 +37,7 @@ def lateral_input(
     # copies 16 bytes, which go past the first-level cache.
     SLICE: tl.constexpr = min(C, max(32, 1024 // BL))
     STAGES: tl.constexpr = 1 if BL * SLICE < 1024 else 2 if EXACT else 4
-    o_l, o_c = tl.arange(0, BL), tl.arange(0, SLICE)
+    o_l, o_c = numbers(program, BL), tl.arange(0, SLICE)
     o_r = tile + tl.arange(0, BR)
     out = tl.zeros([BR, BL], tl.float32)
     for c in tl.range(0, C, SLICE, num_stages=STAGES):
@@ -61,13 +62,13 @@ def cortex_in(
     Arguments:
         lateral: the lateral input of this program's first tile, which was made before the barrier.
     """
-    o_l = tl.arange(0, BL)
+    o_l = numbers(program, BL)
     tile, last = share(program, D, BR, 1)
     plane = num_lanes * D
-    shares = load_shares(p_square, num_lanes, GROUPS, BQ, BL)
+    shares = load_shares(program, p_square, num_lanes, GROUPS, BQ, BL)
     while tile < last:
         # All that does not depend on this token is asked for before the product, not after it.
-        o_r = tile + tl.arange(0, BR)
+        o_r = tile + numbers(program, BR)
         rows = o_r < last
         mask = rows[:, None] & (o_l < num_lanes)[None, :]
         alpha = tl.load(p_vector + D * C + o_r, mask=rows, other=0.5)[:, None]
@@ -78,7 +79,7 @@ def cortex_in(
         spikes = tl.load(p_state + 2 * plane + o_n, mask=mask, other=0.0, cache_modifier=".cg")
         active = is_active(p_lengths, o_l, o_l < num_lanes, step)[None, :]
         out = project(
-            p_x_columns, p_matrix + tile * D, last - tile, num_lanes, D * D, p_share, p_share, False,
+            program, p_x_columns, p_matrix + tile * D, last - tile, num_lanes, D * D, p_share, p_share, False,
             D, True, 0, 0, False, C, EPS, BL, BL, BR, NB, KS, STAGES,
         )  # fmt: skip
         scale = norm_scale(shares, D, EPS)
@@ -97,7 +98,7 @@ def cortex_in(
         tl.store(p_share + tile // BR * BL + o_l, tl.sum(tl.where(mask, s * s, 0.0), 0))
         tile += BR
         if tile < last:
-            lateral = lateral_input(p_state + 2 * plane, p_vector, tile, last, num_lanes, D, C, BL, BR, EXACT)
+            lateral = lateral_input(program, p_state + 2 * plane, p_vector, tile, last, num_lanes, D, C, BL, BR, EXACT)
 
 
 @triton.jit
@@ -108,6 +109,27 @@ def go_gates(p_x, p_go, p_vector, num_lanes, D: tl.constexpr, K: tl.constexpr, E
         column = unit % K
         logit = normed_dot(p_x + unit // K * D, p_vector + column * D, D, EPS, BD)
         tl.store(p_go + unit, sigmoid(logit + tl.load(p_vector + K * D + column)))
+        unit += tl.num_programs(0)
+
+
+@triton.jit
+def go_gates_together(
+    program, p_x, p_go, p_vector, num_lanes, D: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr
+):
+    """As `go_gates`, with four columns of a lane at once: with many lanes a program has several to do, and each waits
+    for what it reads."""
+    BLOCKS: tl.constexpr = (K + 3) // 4
+    o_d = tl.arange(0, BD)
+    inside = (o_d < D)[None, :]
+    unit = tl.num_programs(0) - 1 - program
+    while unit < num_lanes * BLOCKS:
+        lane, o_c = unit // BLOCKS, unit % BLOCKS * 4 + tl.arange(0, 4)
+        columns = o_c < K
+        w = tl.load(p_vector + o_c[:, None] * D + o_d[None, :], mask=inside & columns[:, None], other=0.0)
+        x = tl.load(p_x + lane * D + o_d[None, :], mask=inside, other=0.0, cache_modifier=".cg")
+        bias = tl.load(p_vector + K * D + o_c, mask=columns, other=0.0)
+        logit = tl.sum(w * x, 1) * tl.rsqrt(tl.sum(x * x, 1) / D + EPS)
+        tl.store(p_go + lane * K + o_c, sigmoid(logit + bias), mask=columns)
         unit += tl.num_programs(0)
 
 
@@ -129,11 +151,11 @@ def add_rows(
     BL: tl.constexpr = LANES // GROUPS
     first_lane = program % GROUPS * BL
     left = num_lanes - first_lane
-    o_l = tl.arange(0, BL)
+    o_l = numbers(program, BL)
     tile, last = share(program, D, 1, GROUPS)
     square = tl.zeros([BL], tl.float32)
     while tile < last:
-        o_r = tile + tl.arange(0, BR)
+        o_r = tile + numbers(program, BR)
         mask = (o_r < last)[:, None] & (o_l < left)[None, :]
         o_n = (first_lane + o_l)[None, :] * D + o_r[:, None]
         x = tl.load(p_x + o_n, mask=mask, other=0.0, cache_modifier=".cg")
@@ -141,7 +163,7 @@ def add_rows(
             new_spikes = tl.load(p_spikes + o_n, mask=mask, other=0.0, cache_modifier=".cg")
             tl.store(p_state_spikes + o_n, new_spikes, mask=mask)
         x += project(
-            p_columns + first_lane * K, p_matrix + tile * K, last - tile, left, 0, p_share + first_lane,
+            program, p_columns + first_lane * K, p_matrix + tile * K, last - tile, left, 0, p_share + first_lane,
             p_go + first_lane * (D // C), gated,
             K, False, GROUP, SHARE, GO, C, EPS, LANES, BL, BR, NB, KS, STAGES,
         )  # fmt: skip
@@ -160,13 +182,13 @@ def memory_in(
     NB: tl.constexpr, KS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """inner `[B, 4D]` (query, key, value, gate) = W rms(x)."""
-    o_l = tl.arange(0, BL)
+    o_l = numbers(program, BL)
     tile, last = share(program, 4 * D, 1, 1)
-    shares = load_shares(p_square, num_lanes, GROUPS, BQ, BL)
+    shares = load_shares(program, p_square, num_lanes, GROUPS, BQ, BL)
     while tile < last:
-        o_r = tile + tl.arange(0, BR)
+        o_r = tile + numbers(program, BR)
         out = project(
-            p_x_columns, p_matrix + tile * D, last - tile, num_lanes, 0, p_square, p_square, False,
+            program, p_x_columns, p_matrix + tile * D, last - tile, num_lanes, 0, p_square, p_square, False,
             D, False, 0, 0, False, D, EPS, BL, BL, BR, NB, KS, STAGES,
         )  # fmt: skip
         mask = (o_r < last)[:, None] & (o_l < num_lanes)[None, :]
@@ -181,39 +203,48 @@ def swiglu_in(
     BR: tl.constexpr, NB: tl.constexpr, KS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """hidden `[B, M]`, as columns, = silu(g) u with [g, u] = W_in rms(x)."""
-    o_l = tl.arange(0, BL)
+    o_l = numbers(program, BL)
     tile, last = share(program, M, 1, 1)
-    shares = load_shares(p_square, num_lanes, GROUPS, BQ, BL)
+    shares = load_shares(program, p_square, num_lanes, GROUPS, BQ, BL)
     while tile < last:
         out = project(
-            p_x_columns, p_matrix + tile * D, last - tile, num_lanes, M * D, p_square, p_square, False,
+            program, p_x_columns, p_matrix + tile * D, last - tile, num_lanes, M * D, p_square, p_square, False,
             D, True, 0, 0, False, D, EPS, BL, BL, BR, NB, KS, STAGES,
         )  # fmt: skip
         scale = norm_scale(shares, D, EPS)
         gate, value = split_pairs(out, BR, BL)
         hidden = silu(gate * scale) * (value * scale)
-        o_r = tile + tl.arange(0, BR)
+        o_r = tile + numbers(program, BR)
         mask = (o_r < last)[:, None] & (o_l < num_lanes)[None, :]
         tl.store(p_hidden + o_l[None, :] * M + o_r[:, None], hidden.to(p_hidden.dtype.element_ty), mask=mask)
         tile += BR
 
 
 @triton.jit
+def memory_inputs(unit, p_inner, D: tl.constexpr, N: tl.constexpr, CU: tl.constexpr):
+    """A unit's query and key, [N], and value and gate, [CU]."""
+    H: tl.constexpr = D // N
+    parts: tl.constexpr = N // CU
+    o_n, o_v = tl.arange(0, N), unit % parts * CU + tl.arange(0, CU)
+    p_in = p_inner + unit // (parts * H) * 4 * D + unit // parts % H * N
+    q = tl.load(p_in + o_n, cache_modifier=".cg")
+    k = tl.load(p_in + D + o_n, cache_modifier=".cg")
+    v = tl.load(p_in + 2 * D + o_v, cache_modifier=".cg")
+    return q, k, v, tl.load(p_in + 3 * D + o_v, cache_modifier=".cg")
+
+
+@triton.jit
 def memory_unit(
-    unit, weight, forget, write, p_inner, p_columns, p_share, p_state, p_lengths, step,
+    unit, weight, forget, write, q, k, v, gate, p_columns, p_share, p_state, p_lengths, step,
     D: tl.constexpr, N: tl.constexpr, DELTA: tl.constexpr, EPS: tl.constexpr, CU: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """Write and read CU value channels of one lane's head: inner `[B, 4D]` (query, key, value, gate) to what is read
-    times silu(gate), as columns `[B, D]`, and the share of the squares of what is read, `[D / CU, BL]`."""
+    """Write and read a unit, CU value channels of one lane's head: what is read times silu(gate), as columns `[B, D]`,
+    and the share of the squares of what is read, `[D / CU, BL]`."""
     H: tl.constexpr = D // N
     parts: tl.constexpr = N // CU
     head, lane = unit // parts % H, unit // (parts * H)
     o_n, o_v = tl.arange(0, N), unit % parts * CU + tl.arange(0, CU)
-    p_in = p_inner + lane * 4 * D + head * N
-    q = silu(tl.load(p_in + o_n, cache_modifier=".cg"))
-    k = silu(tl.load(p_in + D + o_n, cache_modifier=".cg"))
-    v = tl.load(p_in + 2 * D + o_v, cache_modifier=".cg")
-    gate = tl.load(p_in + 3 * D + o_v, cache_modifier=".cg")
+    q, k = silu(q), silu(k)
     active = is_active(p_lengths, lane, True, step)
     q *= tl.rsqrt(tl.sum(q * q, 0) + EPS)
     k *= tl.rsqrt(tl.sum(k * k, 0) + EPS)

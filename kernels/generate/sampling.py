@@ -9,7 +9,7 @@ import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 import triton
 import triton.language as tl
 
-from kernels.generate.device import load_shares, norm_scale, prefetch, project, share
+from kernels.generate.device import load_shares, norm_scale, numbers, prefetch, project, share
 from kernels.sample.device import exponential_draw, filter_threshold, penalized, philox_word
 
 
@@ -23,7 +23,7 @@ def race(
 ):  # fmt: skip
     """Logits of this program's ids, and per lane its best id with the score and logit of that, and the largest logit
     with the sum of exp(logit - largest). With FILTER also all raw logits, processed logits and scores, `[3, B, V]`."""
-    o_l = tl.arange(0, BL)
+    o_l = numbers(program, BL)
     in_batch = o_l < num_lanes
     tile, last = share(program, V, 1, 1)
     best = tl.full([BL], float("-inf"), tl.float32)
@@ -34,17 +34,17 @@ def race(
     # Counters are taken modulo 2^32, as the definition does.
     lane_number = tl.load(p_lanes + o_l, mask=in_batch, other=0).to(tl.int32)
     position = (tl.load(p_positions + o_l, mask=in_batch, other=0) + step + 1).to(tl.int32)
-    scale = norm_scale(load_shares(p_square, num_lanes, GROUPS, BQ, BL), D, EPS)
+    scale = norm_scale(load_shares(program, p_square, num_lanes, GROUPS, BQ, BL), D, EPS)
     while tile < last:
         p_w = p_decoder + tile.to(tl.int64) * D
         # The next tile comes to L2 while this one is multiplied and raced.
         prefetch(p_w + BR * D, tl.minimum(last - tile - BR, BR) * D, 0, LINES)
         out = project(
-            p_x_columns, p_w, last - tile, num_lanes, 0, p_square, p_square, False,
+            program, p_x_columns, p_w, last - tile, num_lanes, 0, p_square, p_square, False,
             D, False, 0, 0, False, D, EPS, BL, BL, BR, NB, KS, STAGES,
         )  # fmt: skip
         raw = tl.trans(out * scale)
-        o_v = tile + tl.arange(0, BR)
+        o_v = tile + numbers(program, BR)
         ids = (o_v < last)[None, :]
         mask = in_batch[:, None] & ids
         o_n = o_l[:, None] * V + o_v[None, :]
