@@ -15,9 +15,7 @@ def this_program(SINGLE: tl.constexpr):
     all phases address before the first token, and put that aside."""
     program = tl.program_id(0)
     if not SINGLE:
-        program = tl.inline_asm_elementwise(
-            "mov.u32 $0, $1;", "=r,r", [program], dtype=tl.int32, is_pure=False, pack=1
-        )
+        program = tl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [program], dtype=tl.int32, is_pure=False, pack=1)
     return program
 
 

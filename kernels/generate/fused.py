@@ -50,8 +50,7 @@ def generate_fused(
     check_launchable("generate", token_ids, brain.embedding, brain.matrices, brain.vectors, *state)
     shape, num_lanes, device = brain.shape, token_ids.shape[0], token_ids.device
     check_shape(shape, num_lanes)
-    properties = None if INTERPRETED else torch.cuda.get_device_properties(device)
-    num_programs = 1 if properties is None else properties.multi_processor_count
+    num_programs = 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
     is_stream = num_lanes <= MAX_STREAM_LANES
     is_int8 = brain.scales is not None
     if is_int8:
@@ -68,8 +67,7 @@ def generate_fused(
     elif is_stream:
         tiles = choose_stream(shape, num_lanes, dtype, num_programs)
     else:
-        room = {} if properties is None else {"shared_bytes": properties.shared_memory_per_block_optin}
-        tiles = choose_tiles(shape, num_lanes, dtype, num_programs, **room)
+        tiles = choose_tiles(shape, num_lanes, dtype, num_programs, shared_bytes=_shared_bytes(device))
     greedy = sampling.temperature == 0
     filters = {
         "TOP_K": 0 < sampling.top_k < shape.vocab_size,
@@ -187,6 +185,14 @@ def _turn_scales(brain: PackedBrain, table: Tensor, rows: int) -> Tensor:
     if key not in of_brain:
         of_brain[key] = turn_scales(brain.shape, table, brain.scales * BYTE_SUM, rows)
     return of_brain[key]
+
+
+def _shared_bytes(device: torch.device) -> int:
+    """Of shared memory that a program may have."""
+    if INTERPRETED:
+        return 227 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in the stubs
 
 
 def _signed(word: int) -> int:

@@ -54,8 +54,9 @@ def mlp(
     """x += W_out (silu(g) u); p_next is the matrix that is read after it."""
     program = enter(p_counter, arrived, SINGLE)
     swiglu_in(
-        program, p_x_columns, p_square, p_hidden, p_matrix, num_lanes, D, M, EPS, GROUPS, BQ, BL, BR_MLP, NB_MLP, KS_MLP, ST_MLP
-    )
+        program, p_x_columns, p_square, p_hidden, p_matrix, num_lanes,
+        D, M, EPS, GROUPS, BQ, BL, BR_MLP, NB_MLP, KS_MLP, ST_MLP,
+    )  # fmt: skip
     p_out = p_matrix + 2 * M * D
     arrived = leave(p_counter, arrived, p_out, D, 0, 1, M, GROUPS, LINES, SINGLE)
     program = enter(p_counter, arrived, SINGLE)
@@ -86,8 +87,8 @@ def cortex_layer(
     )  # of the first tile: with no more tiles than programs, the only one
     program = enter(p_counter, arrived, SINGLE)
     cortex_in(
-        program, lateral, p_x_columns, p_square, p_columns, p_share, p_spikes, p_state, p_matrix, p_vector, p_lengths, step,
-        num_lanes,
+        program, lateral, p_x_columns, p_square, p_columns, p_share, p_spikes, p_state, p_matrix, p_vector, p_lengths,
+        step, num_lanes,
         D, C, GRADED, THETA, BETA, RHO, EPS, GROUPS, BQ, BL, BR_PAIR, NB_PAIR, KS_PAIR, ST_PAIR, EXACT,
     )  # fmt: skip
     if GO:  # noqa: SIM102, one is decided when compiled
@@ -97,8 +98,8 @@ def cortex_layer(
     arrived = leave(p_counter, arrived, p_out, D, 0, 1, D, GROUPS, LINES, SINGLE)
     program = enter(p_counter, arrived, SINGLE)
     add_rows(
-        program, p_columns, p_share, p_go, gated, p_spikes, p_state + 2 * num_lanes * D, p_x, p_x_columns, p_square, p_out,
-        num_lanes,
+        program, p_columns, p_share, p_go, gated, p_spikes, p_state + 2 * num_lanes * D, p_x, p_x_columns, p_square,
+        p_out, num_lanes,
         D, D, C, C, BR_PAIR, GO, True, EPS, GROUPS, BL, BR_OUT, NB_OUT, KS_OUT, ST_OUT,
     )  # fmt: skip
     return leave(p_counter, arrived, p_matrix + 3 * D * D, M, M * D, 1, D, 1, LINES, SINGLE)
@@ -251,8 +252,8 @@ def generate_kernel(
 
         program = enter(p_counter, arrived, SINGLE)
         race(
-            program, p_x_columns, p_square, p_decoder, p_seen, p_lanes, p_positions, p_candidate, p_candidate_id, p_logits,
-            step, num_lanes, seed_low, seed_high, temperature, penalty,
+            program, p_x_columns, p_square, p_decoder, p_seen, p_lanes, p_positions, p_candidate, p_candidate_id,
+            p_logits, step, num_lanes, seed_low, seed_high, temperature, penalty,
             D, V, GREEDY, PENALTY, FILTER, EPS, GROUPS, BQ, BL, BR_DECODE, NB_DECODE, KS_DECODE, ST_DECODE, LINES,
         )  # fmt: skip
         arrived = leave(p_counter, arrived, p_first, first_rows, first_pair, first_unit, D, 1, LINES, SINGLE)

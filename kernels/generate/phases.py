@@ -35,7 +35,7 @@ def lateral_input(
     is full float32, which costs registers; otherwise three TF32 products give nearly that."""
     # In slices, as a whole column of spikes would not fit the registers of each warp; fetched ahead only where a thread
     # copies 16 bytes, which go past the first-level cache.
-    SLICE: tl.constexpr = min(C, max(32, 1024 // BL))
+    SLICE: tl.constexpr = min(C, 64)
     STAGES: tl.constexpr = 1 if BL * SLICE < 1024 else 2 if EXACT else 4
     o_l, o_c = numbers(program, BL), tl.arange(0, SLICE)
     o_r = tile + tl.arange(0, BR)

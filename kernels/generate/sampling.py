@@ -15,8 +15,8 @@ from kernels.sample.device import exponential_draw, filter_threshold, penalized,
 
 @triton.jit
 def race(
-    program, p_x_columns, p_square, p_decoder, p_seen, p_lanes, p_positions, p_candidate, p_candidate_id, p_logits, step,
-    num_lanes, seed_low, seed_high, temperature, penalty,
+    program, p_x_columns, p_square, p_decoder, p_seen, p_lanes, p_positions, p_candidate, p_candidate_id, p_logits,
+    step, num_lanes, seed_low, seed_high, temperature, penalty,
     D: tl.constexpr, V: tl.constexpr, GREEDY: tl.constexpr, PENALTY: tl.constexpr, FILTER: tl.constexpr,
     EPS: tl.constexpr, GROUPS: tl.constexpr, BQ: tl.constexpr, BL: tl.constexpr, BR: tl.constexpr, NB: tl.constexpr,
     KS: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr,

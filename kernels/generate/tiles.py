@@ -15,8 +15,9 @@ _NUM_WARPS = 8
 
 
 class Block(NamedTuple):
-    """A tile of weights: at most so many rows (of a pair of matrices, of each), slices of channels, channels of a
-    slice, and stages of the loop over tiles (1: none is fetched ahead). With one slice all warps share a product, with more each has its own."""
+    """A tile of weights: rows (of a pair of matrices, of each), slices of channels, channels of a slice, and stages of
+    the loop over tiles (1: none is fetched ahead). With one slice all warps share a product, with more each has its
+    own."""
 
     rows: int
     slices: int
@@ -54,7 +55,7 @@ class Tiles:
 
     def constexprs(self) -> dict[str, int]:
         """Keyword arguments of the kernel: a block's as BR_, NB_, KS_ and ST_ with its name."""
-        constants = {}
+        constants: dict[str, int] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Block):

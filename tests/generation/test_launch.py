@@ -15,7 +15,7 @@ import torch
 from kernels.generate import PackedState, generate
 from kernels.generate.layout import BrainShape
 from kernels.generate.limits import check_shape
-from kernels.generate.tiles import choose_packets
+from kernels.generate.tiles import Block, Tiles, choose_packets, choose_tiles
 from kernels.sample import Sampling
 from neurogen import NeuroGen
 from neurogen.generation import Generation, Request
@@ -101,6 +101,35 @@ def test_the_launch_is_the_model_in_odd_brains(preset: str) -> None:
     check("fused", *SLOW_PRESETS[preset], 4)
 
 
+MANY_LANES = {
+    "plain": ({}, {}, 5, ()),
+    "delta, binary, all filters, stop ids": (*PRESETS["delta, binary, all filters"][:2], 9, (3, 4, 5, 6, 7)),
+    "an odd width, no gates": ({"embedding_dim": 48, "go_gate": False}, {"top_p": 0.9}, 33, ()),
+    "cortex alone": ({"hippocampus_depth": 0, "pfc_depth": 0, "lateral": False}, {"temperature": 0.0}, 64, (1, 2)),
+    "no layers": (SLOW_PRESETS["no layers"][0], {"repetition_penalty": 2.0}, 17, ()),
+}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=[] if name == "plain" else pytest.mark.slow) for name in MANY_LANES]
+)
+def test_the_launch_of_many_lanes_is_the_model(case: str) -> None:
+    changes, sampling, num_lanes, stop = MANY_LANES[case]
+    check("fused", changes, sampling, num_lanes, 2, stop)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [Block(64, 1, 16, 2), Block(16, 1, 16, 2), Block(16, 4, 16, 2)])
+def test_each_way_to_multiply_is_the_model(monkeypatch: pytest.MonkeyPatch, block: Block) -> None:
+    def choose(*args: object, **kwargs: object) -> Tiles:
+        narrow = block._replace(rows=min(block.rows, 16))
+        tiles = choose_tiles(*args, **kwargs)  # type: ignore[arg-type]
+        return dataclasses.replace(tiles, PAIR=narrow, OUT=block, MEMORY=block, MLP=block, DECODE=block)
+
+    monkeypatch.setattr("kernels.generate.fused.choose_tiles", choose)
+    check("fused", {"embedding_dim": 48}, {"top_p": 0.9}, 33, 2)
+
+
 @pytest.mark.parametrize(
     ("unit", "changes"),
     [
@@ -122,7 +151,7 @@ def test_a_head_is_cut_into_units_of_value_channels(monkeypatch: pytest.MonkeyPa
 @pytest.mark.slow
 def test_small_tiles_cut_rows_and_channels_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kernels.generate.tiles._INTERPRETED_TILE", 16)
-    for num_lanes in (1, 2):
+    for num_lanes in (1, 2, 5):
         check("fused", {"embedding_dim": 48}, {"top_p": 0.9}, num_lanes, 2)
 
 
@@ -237,7 +266,7 @@ def test_bytes_of_a_token_count_every_weight_and_state_once() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("preset", [*PRESETS, *SLOW_PRESETS])
-@pytest.mark.parametrize("num_lanes", [1, 3, 33, 64])
+@pytest.mark.parametrize("num_lanes", [1, 3, 5, 16, 33, 64])
 def test_the_launch_is_the_model_on_a_gpu(preset: str, num_lanes: int) -> None:
     changes, sampling, _ = {**PRESETS, **SLOW_PRESETS}[preset]
     model = brains.small_brain(**changes).cuda()
@@ -263,7 +292,7 @@ def test_a_thousand_tokens_on_a_gpu(size: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_lanes", [1, 8])
+@pytest.mark.parametrize("num_lanes", [1, 8, 32, 64])
 def test_bfloat16_log_probs_at_forced_positions(num_lanes: int) -> None:
     """The launch's own tokens, read again by the float32 model as one sequence."""
     model = brains.small_brain(embedding_dim=512, column_width=64, head_width=64).cuda()

@@ -30,8 +30,11 @@ def check_launch(name: str, size: str, lanes: int, dtype: str, capability: int, 
     assert stack_bytes <= stack
     assert shared_bytes <= SHARED_LIMITS[capability]
     if name == "generate":
-        assert "LDGSTS.E.BYPASS.128" in code, "weights are not copied 16 bytes at a time"
+        copies = set(re.findall(r"\bLDGSTS[\w.]*", code))
+        assert copies <= {"LDGSTS.E.BYPASS.128"}, "what other programs wrote is read from the first-level cache"
         assert "CCTL.E.PF2" in code, "nothing is prefetched"
+        if dtype == "bfloat16":
+            check_products(code, capability)
     else:
         assert code.count("UTMALDG") == num_tiles_ahead, "the loop over tiles is not pipelined"
         assert "LDGSTS" not in code, "a thread has copies in flight at a fence"
@@ -39,6 +42,20 @@ def check_launch(name: str, size: str, lanes: int, dtype: str, capability: int, 
         assert code.count("MEMBAR.ALL.GPU") == 1, "one barrier a token, before the draw"
     if dtype == "uint8":
         check_bytes(choose_packets(SIZES[size], torch.uint8, 132), code)
+
+
+def check_products(code: str, capability: int) -> None:
+    """Tensor cores multiply, and a turn of a loop over channels does little else: no conversion, nothing put aside."""
+    parts = re.split(r"\.L_x_\d+:|\bBRA ", code)
+    blocks = [Counter(re.findall(r"\*/\s+(?:@!?U?P\w+ )?(\w+)", part)) for part in parts]
+    turns = [block for block in blocks if (block["HMMA"] or block["HGMMA"]) and block["LDGSTS"]]
+    assert len(turns) >= 5, "of the five kinds of phases"
+    for turn in turns:
+        assert turn["FFMA"] <= turn["HMMA"] * 4 + 16, "norms of slices at most, and no products"
+        assert turn["F2FP"] <= 16
+        assert turn["STL"] <= 2
+    if capability == 90:
+        assert sum(block["HGMMA"] for block in blocks) >= 24, "64 rows or lanes are a warpgroup's product"
 
 
 def check_bytes(tiles: PacketTiles, code: str) -> None:
@@ -112,9 +129,12 @@ def test_int8_weights_compile_without_a_word_put_aside(size: str) -> None:
         ("stream", "base", 4, "bfloat16", 90),
         ("generate", "base", 16, "bfloat16", 90),
         ("generate", "base", 16, "bfloat16", 89),
+        ("generate", "base", 64, "bfloat16", 90),
         ("generate", "small", 16, "float32", 90),
+        ("generate", "two widths", 5, "float32", 90),
     ],
 )
 def test_other_sizes_compile(name: str, size: str, lanes: int, dtype: str, capability: int) -> None:
-    # Numbers that live through a whole token may be put aside, some 80 words; a spilled tile would take thousands.
-    check_launch(name, size, lanes, dtype, capability, stack=320)
+    # Numbers that live through a whole token may be put aside, some 100 words (with 64 lanes 200); a spilled tile would
+    # be among the turns, which `check_products` looks at.
+    check_launch(name, size, lanes, dtype, capability, stack=320 if name != "generate" else 400 if lanes < 64 else 900)
