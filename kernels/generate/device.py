@@ -71,16 +71,17 @@ def slice_shares(
 ):  # fmt: skip
     """For the NB slices of KS channels from k: the shares of their groups' sums of squares, [NB, GROUP / SHARE, BL],
     and their columns' gates, [NB, BL]. A slice lies in one group."""
-    o_s, o_l = k + tl.arange(0, NB) * KS, numbers(program, BL)
-    inside = (o_s < K)[:, None] & (o_l < num_lanes)[None, :]
+    o_s, o_l = k + tl.arange(0, NB) * KS, tl.arange(0, BL)
+    inside = o_s < K
     PARTS: tl.constexpr = GROUP // SHARE
     o_p = (o_s // GROUP * PARTS)[:, None, None] + tl.arange(0, PARTS)[None, :, None]
     p_s = p_share + o_p * LANES + o_l[None, None, :]
-    shares = tl.load(p_s, mask=inside[:, None, :], other=0.0, cache_modifier=".cg")
+    shares = tl.load(p_s, mask=inside[:, None, None], other=0.0, cache_modifier=".cg")
     go = tl.full([NB, BL], 1.0, tl.float32)
     if GO:
-        p_g = p_go + o_l[None, :] * (K // C) + (o_s // C)[:, None]
-        go = tl.load(p_g, mask=inside & gated, other=1.0, cache_modifier=".cg")
+        p_g = p_go + numbers(program, BL)[None, :] * (K // C) + (o_s // C)[:, None]
+        lanes = (o_l < num_lanes)[None, :]
+        go = tl.load(p_g, mask=inside[:, None] & lanes & gated, other=1.0, cache_modifier=".cg")
     return shares, go
 
 
@@ -161,10 +162,10 @@ def split_pairs(out, BR: tl.constexpr, BL: tl.constexpr):
 
 
 @triton.jit
-def load_shares(program, p_square, num_lanes, GROUPS: tl.constexpr, BQ: tl.constexpr, BL: tl.constexpr):
-    """The programs' shares of each lane's sum of squares, [BQ, BL]."""
+def load_shares(program, p_square, GROUPS: tl.constexpr, BQ: tl.constexpr, BL: tl.constexpr):
+    """The programs' shares of each lane's sum of squares, [BQ, BL]; those of lanes that are padding are there too."""
     o_p, o_l = numbers(program, BQ)[:, None], tl.arange(0, BL)[None, :]
-    mask = (o_p < tl.num_programs(0) // GROUPS) & (o_l < num_lanes)
+    mask = o_p < tl.num_programs(0) // GROUPS
     return tl.load(p_square + o_p * BL + o_l, mask=mask, other=0.0, cache_modifier=".cg")
 
 

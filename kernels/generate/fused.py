@@ -209,8 +209,9 @@ def _scratch(
         like.new_empty(num_lanes * shape.width),
         like.new_empty(num_lanes * shape.mlp_width),
         like.new_empty(num_lanes * shape.width * 4, dtype=torch.float32),
-        like.new_empty(tiles.BL * shape.width // min(tiles.PAIR.rows, tiles.CU), dtype=torch.float32),
-        like.new_empty(num_programs * tiles.BL, dtype=torch.float32),
+        # Read with the lanes that are padding, whose values count for nothing.
+        like.new_zeros(tiles.BL * shape.width // min(tiles.PAIR.rows, tiles.CU), dtype=torch.float32),
+        like.new_zeros(num_programs * tiles.BL, dtype=torch.float32),
         like.new_empty(num_lanes * shape.num_columns, dtype=torch.float32),
         like.new_empty(num_programs * num_lanes * 4, dtype=torch.float32),
         like.new_empty(num_programs * num_lanes, dtype=torch.int32),

@@ -65,7 +65,7 @@ def cortex_in(
     o_l = numbers(program, BL)
     tile, last = share(program, D, BR, 1)
     plane = num_lanes * D
-    shares = load_shares(program, p_square, num_lanes, GROUPS, BQ, BL)
+    shares = load_shares(program, p_square, GROUPS, BQ, BL)
     while tile < last:
         # All that does not depend on this token is asked for before the product, not after it.
         o_r = tile + numbers(program, BR)
@@ -184,7 +184,7 @@ def memory_in(
     """inner `[B, 4D]` (query, key, value, gate) = W rms(x)."""
     o_l = numbers(program, BL)
     tile, last = share(program, 4 * D, 1, 1)
-    shares = load_shares(program, p_square, num_lanes, GROUPS, BQ, BL)
+    shares = load_shares(program, p_square, GROUPS, BQ, BL)
     while tile < last:
         o_r = tile + numbers(program, BR)
         out = project(
@@ -205,7 +205,7 @@ def swiglu_in(
     """hidden `[B, M]`, as columns, = silu(g) u with [g, u] = W_in rms(x)."""
     o_l = numbers(program, BL)
     tile, last = share(program, M, 1, 1)
-    shares = load_shares(program, p_square, num_lanes, GROUPS, BQ, BL)
+    shares = load_shares(program, p_square, GROUPS, BQ, BL)
     while tile < last:
         out = project(
             program, p_x_columns, p_matrix + tile * D, last - tile, num_lanes, M * D, p_square, p_square, False,

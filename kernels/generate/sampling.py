@@ -34,7 +34,7 @@ def race(
     # Counters are taken modulo 2^32, as the definition does.
     lane_number = tl.load(p_lanes + o_l, mask=in_batch, other=0).to(tl.int32)
     position = (tl.load(p_positions + o_l, mask=in_batch, other=0) + step + 1).to(tl.int32)
-    scale = norm_scale(load_shares(program, p_square, num_lanes, GROUPS, BQ, BL), D, EPS)
+    scale = norm_scale(load_shares(program, p_square, GROUPS, BQ, BL), D, EPS)
     while tile < last:
         p_w = p_decoder + tile.to(tl.int64) * D
         # The next tile comes to L2 while this one is multiplied and raced.
