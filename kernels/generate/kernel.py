@@ -122,7 +122,8 @@ def memory_layer(
         D, EPS, GROUPS, BQ, BL, BR_MEMORY, NB_MEMORY, KS_MEMORY, ST_MEMORY,
     )  # fmt: skip
     p_out = p_matrix + 4 * D * D
-    arrived = leave(p_counter, arrived, p_out, D, 0, 1, D, GROUPS, LINES, SINGLE)
+    # Fast weights are what the memory moves next; the matrix behind them would not stay in L2.
+    arrived = leave(p_counter, arrived, p_out, D, 0, 1, D, GROUPS, 0, SINGLE)
     num_units = num_lanes * (D // CU)
     unit = this_program(SINGLE)
     weight, forget, write = fetch_memory(unit, p_x, p_state, p_vector, num_units, D, N, DELTA, EPS, BD, CU)
@@ -139,7 +140,7 @@ def memory_layer(
             D, N, DELTA, EPS, CU, BL,
         )  # fmt: skip
         unit, weight, forget, write = following, next_weight, next_forget, next_write
-    arrived = leave(p_counter, arrived, p_out, D, 0, 1, D, GROUPS, 0, SINGLE)
+    arrived = leave(p_counter, arrived, p_out, D, 0, 1, D, GROUPS, LINES, SINGLE)
     program = enter(p_counter, arrived, SINGLE)
     add_rows(
         program, p_columns, p_share, p_share, False, p_x, p_x, p_x, p_x_columns, p_square, p_out, num_lanes,
