@@ -4,6 +4,7 @@ Import this before `triton`: the interpreter is chosen when a kernel is defined,
 """
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,3 +29,20 @@ def check_launchable(op: str, *tensors: Tensor | None) -> None:
     double = [tensor.dtype for tensor in tensors if tensor is not None and tensor.dtype == torch.float64]
     if double:
         raise ValueError(f"{op}: fused kernels accumulate in float32; use the reference backend for float64")
+
+
+def reserve_shared(compiled: Any, num_bytes: int) -> int:
+    """Have a compiled kernel launched with at least `num_bytes` of shared memory behind the compiler's own, which its
+    code reaches by itself, and return where they begin, a multiple of 128. `compiled` is what `kernel.warmup` returns,
+    and what a launch with the same arguments runs; the first reservation stays, as a kernel is loaded with it.
+    """
+    from triton.compiler.compiler import make_backend
+
+    if not hasattr(compiled, "own_shared"):
+        compiled.own_shared = compiled.metadata.shared
+        start = -(-compiled.own_shared // 128) * 128
+        compiled.metadata = compiled.metadata._replace(shared=start + num_bytes)
+        compiled.packed_metadata = make_backend(compiled.metadata.target).pack_metadata(compiled.metadata)
+    start = -(-compiled.own_shared // 128) * 128
+    assert start + num_bytes <= compiled.metadata.shared
+    return start

@@ -12,15 +12,15 @@ from kernels.generate.packets import append, receive_pairs, value_of
 
 
 @triton.constexpr_function
-def room_channels(D, M, CH, U):
-    """Channels that the room holds: a phase's, in whole turns."""
-    return -(-max(D, M) // (U * CH)) * U * CH
+def room_channels(D, M, TURN):
+    """Channels that the room holds: a phase's, in whole turns of TURN."""
+    return -(-max(D, M) // TURN) * TURN
 
 
 @triton.constexpr_function
-def room_bytes(D, M, CH, U, PART):
+def room_bytes(D, M, TURN, PART):
     """Bytes of the room: channels, 16 bytes more after each 128, and sums of PART channels' squares."""
-    return -(-(room_channels(D, M, CH, U) * 9 // 2 + room_channels(D, 1, CH, U) // PART * 4) // 1024) * 1024
+    return -(-(room_channels(D, M, TURN) * 9 // 2 + room_channels(D, 1, TURN) // PART * 4) // 1024) * 1024
 
 
 @triton.constexpr_function
@@ -143,7 +143,7 @@ def gather_blocks(
 @triton.jit
 def gather_channels(
     room, sums, p_packets, epoch, K: tl.constexpr, SQUARE: tl.constexpr, PART: tl.constexpr, CH: tl.constexpr,
-    U: tl.constexpr, UNIT: tl.constexpr,
+    TURN: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Put all K channels, times UNIT, into the room, and zeros behind them to the end of a turn. Returns the room, once
     all is there, and with SQUARE the sum of the channels' squares."""
@@ -151,7 +151,7 @@ def gather_channels(
     squares = tl.zeros([CH // 2], tl.float32)
     for start in tl.static_range(0, BLOCKS, 8):
         squares += gather_blocks(room, p_packets, epoch, K, CH, start, blocks_left(K, CH, start, 8), UNIT)
-    put_zeros(room, CH, BLOCKS, room_channels(K, 1, CH, U) // CH)
+    put_zeros(room, CH, BLOCKS, room_channels(K, 1, TURN) // CH)
     total = tl.full([], 0.0, tl.float32)
     if SQUARE:
         put_sums(sums, squares, PART)
@@ -197,7 +197,7 @@ def gather_normed_blocks(
 @triton.jit
 def gather_normed(
     room, sums, p_packets, p_group, p_gate, epoch, gated, D: tl.constexpr, GO: tl.constexpr, WIDTH: tl.constexpr,
-    PART: tl.constexpr, EPS: tl.constexpr, CH: tl.constexpr, U: tl.constexpr, UNIT: tl.constexpr,
+    PART: tl.constexpr, EPS: tl.constexpr, CH: tl.constexpr, TURN: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Put `p_packets` `[D]`, times the RMS factor of its group of WIDTH channels in `p_group` `[D]`, UNIT and, if
     `gated`, its gate, into the room. Squares are summed over PART channels within a warp, and these sums are put at
@@ -208,39 +208,45 @@ def gather_normed(
             room, sums, p_packets, p_group, p_gate, epoch, gated,
             D, GO, WIDTH, PART, EPS, CH, start, blocks_left(D, CH, start, 4), UNIT,
         )  # fmt: skip
-    put_zeros(room, CH, BLOCKS, room_channels(D, 1, CH, U) // CH)
+    put_zeros(room, CH, BLOCKS, room_channels(D, 1, TURN) // CH)
     return all_put(room)
 
 
-@triton.jit
-def room_channels_of(room, first, NH: tl.constexpr, NI: tl.constexpr, KS: tl.constexpr, U: tl.constexpr):
-    """Channels `first` to first + U * CH of the room as U tensors `[NH, 1, NI, KS]`, in whatever layout is wanted."""
-    o_h, o_i = tl.arange(0, NH)[:, None, None, None], tl.arange(0, NI)[None, None, :, None]
-    o_k = (o_h * NI + o_i) * KS + tl.arange(0, KS // 4)[None, None, None, :] * 4
-    out = ()
-    for u in tl.static_range(U):
-        if U * NH * NI * KS % 32 == 0:  # then the gaps before `first` are a turn's, times a number
-            place = room + room_place(first) + room_place(u * NH * NI * KS + o_k)
-        else:
-            place = room + room_place(first + u * NH * NI * KS + o_k)
-        a, b, c, d = tl.inline_asm_elementwise(
-            "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,r", [place], dtype=(tl.float32,) * 4, is_pure=True,
-            pack=1,
-        )  # fmt: skip
-        out = append(out, tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [NH, 1, NI, KS]))
-    return out
+@triton.constexpr_function
+def values_constraints(count):
+    return ",".join(["=&f"] * count + ["r"])
+
+
+@triton.constexpr_function
+def values_assembly(granules, bits):
+    vector = 128 // bits
+    lines = []
+    for i in range(granules * vector // 4):
+        channel = i // (vector // 4) * 32 * vector  # of a granule; then a thread's next 16 bytes
+        place = channel * 4 + channel // 32 * 16 + i % (vector // 4) * 16
+        values = ", ".join(f"${4 * i + k}" for k in range(4))
+        lines.append(f"ld.shared.v4.f32 {{{values}}}, [${granules * vector} + {place}];")
+    return "\n".join(lines)
 
 
 @triton.jit
-def load_channels(
-    p_packets, first, K, NH: tl.constexpr, NI: tl.constexpr, KS: tl.constexpr, U: tl.constexpr,
-):  # fmt: skip
-    """The same straight from packets that are there, as with a single program."""
-    o_h, o_i = tl.arange(0, NH)[:, None, None, None], tl.arange(0, NI)[None, None, :, None]
-    o_k = (o_h * NI + o_i) * KS + tl.arange(0, KS)[None, None, None, :]
+def room_values(room, first, thread, GRANULES: tl.constexpr, BITS: tl.constexpr):
+    """The activations that each thread multiplies by in a turn, from channel `first` of the room on: a tuple of `[T]`,
+    as many of each granule as a thread has weights of BITS bits in 16 bytes."""
+    COUNT: tl.constexpr = GRANULES * (128 // BITS)
+    place = room + room_place(first) + room_place((thread & 31) * (128 // BITS))
+    return tl.inline_asm_elementwise(
+        values_assembly(GRANULES, BITS), values_constraints(COUNT), [place], dtype=(tl.float32,) * COUNT,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_channels(p_packets, first, K, G: tl.constexpr, GRANULES: tl.constexpr):
+    """With a single program, a turn's activations straight from packets that are there: a tuple of `[G]`."""
     out = ()
-    for u in tl.static_range(U):
-        o_c = first + u * NH * NI * KS + o_k
+    for i in tl.static_range(GRANULES):
+        o_c = first + i * G + tl.arange(0, G)
         out = append(out, tl.where(o_c < K, value_of(tl.load(p_packets + tl.minimum(o_c, K - 1))), 0.0))
     return out
 
@@ -248,21 +254,20 @@ def load_channels(
 @triton.jit
 def load_normed(
     p_packets, p_group, p_gate, first, gated, D: tl.constexpr, GO: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr,
-    NH: tl.constexpr, NI: tl.constexpr, KS: tl.constexpr, U: tl.constexpr,
+    G: tl.constexpr, GRANULES: tl.constexpr,
 ):  # fmt: skip
     """The same with what `gather_normed` puts into the room."""
-    CH: tl.constexpr = NH * NI * KS
-    GROUPS: tl.constexpr = CH // WIDTH
+    GROUPS: tl.constexpr = G // WIDTH
     out = ()
-    for u in tl.static_range(U):
-        o_c = first + u * CH + tl.arange(0, CH)
+    for i in tl.static_range(GRANULES):
+        o_c = first + i * G + tl.arange(0, G)
         group = value_of(tl.load(p_group + tl.minimum(o_c, D - 1)))
         factor = tl.rsqrt(tl.sum(tl.reshape(group * group, [GROUPS, WIDTH]), 1) / WIDTH + EPS)
         if GO:  # noqa: SIM102, one is decided when compiled
             if gated:
-                o_g = tl.minimum(first // WIDTH + u * GROUPS + tl.arange(0, GROUPS), D // WIDTH - 1)
+                o_g = tl.minimum(first // WIDTH + i * GROUPS + tl.arange(0, GROUPS), D // WIDTH - 1)
                 factor *= value_of(tl.load(p_gate + o_g))
-        factor = tl.reshape(tl.broadcast_to(factor[:, None], [GROUPS, WIDTH]), [CH])
+        factor = tl.reshape(tl.broadcast_to(factor[:, None], [GROUPS, WIDTH]), [G])
         value = tl.where(o_c < D, value_of(tl.load(p_packets + tl.minimum(o_c, D - 1))) * factor, 0.0)
-        out = append(out, tl.reshape(value, [NH, 1, NI, KS]))
+        out = append(out, value)
     return out

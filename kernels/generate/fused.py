@@ -1,6 +1,7 @@
 """Generate N tokens in one cooperative Triton launch."""
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -13,7 +14,7 @@ from kernels.generate.kernel import generate_kernel
 from kernels.generate.layout import BrainShape, GenerateOutput, PackedBrain, PackedState
 from kernels.generate.limits import check_quantized, check_shape
 from kernels.generate.packet_kernel import packet_kernel
-from kernels.generate.stream import stream_table, tile_weights, turn_scales
+from kernels.generate.stream import stream_table, tile_weights
 from kernels.generate.stream_kernel import stream_kernel
 from kernels.generate.tiles import (
     MAX_PACKET_LANES,
@@ -27,8 +28,9 @@ from kernels.generate.tiles import (
     choose_tiles,
     packet_room,
 )
+from kernels.generate.turns import in_pieces, turn_scales, turn_table
 from kernels.generate.weight_bytes import BYTE_SUM, as_bytes
-from kernels.launch import INTERPRETED, check_launchable
+from kernels.launch import INTERPRETED, check_launchable, reserve_shared
 from kernels.sample import Sampling
 
 
@@ -51,7 +53,9 @@ def generate_fused(
     shape, num_lanes, device = brain.shape, token_ids.shape[0], token_ids.device
     check_shape(shape, num_lanes)
     num_programs = 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
-    is_stream = num_lanes <= MAX_STREAM_LANES
+    # The kernels for few lanes have copies that came with Hopper, and 200 KB of shared memory in flight.
+    is_hopper = INTERPRETED or torch.cuda.get_device_capability(device) >= (9, 0)
+    is_stream = num_lanes <= MAX_STREAM_LANES and is_hopper
     is_int8 = brain.scales is not None
     if is_int8:
         check_quantized(shape, num_lanes)
@@ -59,8 +63,10 @@ def generate_fused(
     tiles: PacketTiles | StreamTiles | Tiles
     packets = packet_tiles or choose_packets(shape, dtype, num_programs)
     # Activations of a brain with more than some 10,000 channels do not fit beside its tiles.
-    fits = num_programs == 1 or packet_room(shape, packets.channels, packets.U) <= MAX_ROOM_BYTES
-    is_packets = num_lanes <= MAX_PACKET_LANES and fits
+    fits = num_programs == 1 or packet_room(shape, packets.GRANULES * packets.G) <= MAX_ROOM_BYTES
+    is_packets = num_lanes <= MAX_PACKET_LANES and fits and is_hopper
+    if is_int8 and not is_hopper:
+        raise ValueError("generate: int8 weights need a GPU of compute capability 9.0 or more")
     assert is_packets or not is_int8, "these tiles leave no room for the activations"
     if is_packets:
         tiles = packets
@@ -90,20 +96,18 @@ def generate_fused(
         scratch = _scratch(shape, tiles, num_lanes, num_programs, filtered, brain.matrices)
     else:
         if isinstance(tiles, PacketTiles):
-            tiled = _tiled(brain, tiles.R, tiles.NH, tiles.NI, tiles.KS)
-            table = stream_table(shape, num_programs, tiles.R, tiles.channels, device, together=tiles.U)
-            scales = _turn_scales(brain, table, tiles.R)
+            table = turn_table(shape, num_programs, tiles.R, tiles.WARPS, tiles.G, tiles.GRANULES, device)
+            weights = [brain.embedding, _in_pieces(brain, tiles), brain.vectors, _turn_scales(brain, table, tiles.R)]
             scratch = _packet_scratch(shape, num_programs, filtered, device, torch.int32 if is_int8 else torch.int64)
         else:
-            tiled = _tiled(brain, tiles.R, tiles.NB, 1, tiles.KS).squeeze(3)
+            tiled = _tiled(brain, tiles.R, tiles.NB, tiles.KS)
+            weights = [brain.embedding, TensorDescriptor.from_tensor(tiled, [1, *tiled.shape[1:]]), brain.vectors]
             table = stream_table(shape, num_programs, tiles.R, tiles.NB * tiles.KS, device)
             scratch = _stream_scratch(shape, tiles, num_lanes, num_programs, filtered, brain.matrices)
-        weights = [brain.embedding, TensorDescriptor.from_tensor(tiled, [1, *tiled.shape[1:]]), brain.vectors]
-        weights += [scales] if is_packets else []
     low, high = (_signed(seed & 0xFFFFFFFF), _signed((seed >> 32) & 0xFFFFFFFF))
 
     kernel = packet_kernel if is_packets else stream_kernel if is_stream else generate_kernel
-    kernel[(num_programs,)](
+    arguments = [
         *weights,
         ids,
         log_probs,
@@ -132,6 +136,8 @@ def generate_fused(
         math.log(sampling.min_p) if sampling.min_p > 0 else 0.0,
         sampling.top_k,
         *([table.shape[1], 0] if is_stream else []),
+    ]
+    constants: dict[str, Any] = dict(
         D=shape.width,
         C=shape.column_width,
         N=shape.head_width,
@@ -155,6 +161,10 @@ def generate_fused(
         num_warps=tiles.num_warps,
         launch_cooperative_grid=not INTERPRETED,
     )
+    grid = (num_programs,)
+    if isinstance(tiles, PacketTiles) and not INTERPRETED:
+        arguments[-1] = reserve_shared(kernel.warmup(*arguments, grid=grid, **constants), tiles.ring_bytes)
+    kernel[grid](*arguments, **constants)
     reads = torch.where(lengths > 0, lengths, max_new_tokens).to(torch.int64)
     recent = reads[:, None] + torch.arange(shape.num_taps - 1, device=device)
     new_state = PackedState(state.position + reads, ids.gather(1, recent), cortex, fast_weight)
@@ -168,12 +178,21 @@ _tiles: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _tiled(brain: PackedBrain, *size: int) -> Tensor:
-    """The brain's weights in tiles, which are made once; int8 ones as the bytes that the launch multiplies."""
+    """The brain's weights in tiles, which are made once."""
     of_brain = _tiles.setdefault(brain.matrices, {})
     if size not in of_brain:
-        tiles = tile_weights(brain.shape, brain.matrices, brain.decoder, *size)
-        of_brain[size] = tiles if brain.scales is None else as_bytes(tiles)
+        of_brain[size] = tile_weights(brain.shape, brain.matrices, brain.decoder, *size)
     return of_brain[size]
+
+
+def _in_pieces(brain: PackedBrain, tiles: PacketTiles) -> Tensor:
+    """The same in pieces of rows, for one lane; int8 weights as the bytes that the launch multiplies."""
+    of_brain = _tiles.setdefault(brain.matrices, {})
+    key = ("pieces", tiles.R, tiles.WARPS, tiles.G)
+    if key not in of_brain:
+        pieces = in_pieces(brain.shape, brain.matrices, brain.decoder, tiles.R, tiles.WARPS, tiles.G)
+        of_brain[key] = pieces if brain.scales is None else as_bytes(pieces)
+    return of_brain[key]
 
 
 def _turn_scales(brain: PackedBrain, table: Tensor, rows: int) -> Tensor:

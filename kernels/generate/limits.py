@@ -29,7 +29,7 @@ def check_quantized(shape: BrainShape, num_lanes: int) -> None:
     if num_lanes > MAX_PACKET_LANES:
         raise ValueError(f"generate: {num_lanes} lanes; int8 weights are for one")
     tiles = choose_packets(shape, torch.int8, 132)
-    if packet_room(shape, tiles.channels, tiles.U) > MAX_ROOM_BYTES:
+    if packet_room(shape, tiles.GRANULES * tiles.G) > MAX_ROOM_BYTES:
         raise ValueError(
             f"generate: width {shape.width} and mlp_width {shape.mlp_width} are too much for int8 weights; a phase's "
             f"activations must fit {MAX_ROOM_BYTES // 1024} KB"

@@ -1,9 +1,10 @@
 """The launch for a single lane: N tokens, from relay to draw, without coming back to the host.
 
-As `stream_kernel`, one loop runs over the tiles of all phases; but activations go from phase to phase as packets
-(`kernels.generate.packets`), and one barrier a token is left, before the token is drawn. A turn of the loop takes U
-tiles that follow each other in a row: for width D, if it goes, all channels. Products are float32, row by row; each
-warp has whole rows and all activations, so that sums stay within it.
+One loop runs over the turns of all phases, layers and tokens (`kernels.generate.turns`), whose weights come through a
+ring for each warp (`kernels.generate.ring`), asked for ahead, across borders of phases and tokens. Activations go from
+phase to phase as packets (`kernels.generate.packets`), and one barrier a token is left, before the token is drawn. A
+turn takes, for width D, if it goes, all channels. Products are float32, row by row; each warp has whole rows and all
+activations, so that sums stay within it.
 """
 
 import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
@@ -17,12 +18,13 @@ from kernels.generate.activations import (
     load_normed,
     room_bytes,
     room_channels,
-    room_channels_of,
+    room_values,
     shared_room,
     still_put,
 )
 from kernels.generate.device import silu
 from kernels.generate.packet_phases import (
+    ask_for_neurons,
     ask_for_unit,
     fetch_neurons,
     memory_packets,
@@ -30,36 +32,38 @@ from kernels.generate.packet_phases import (
     send_gates,
     spike_packets,
 )
-from kernels.generate.packets import append, send_here, store_here, value_in
-from kernels.generate.sampling import all_ended, filtered_winner, race_logits, record, winner
+from kernels.generate.packets import append, prefetch, send_here, store_here, value_in
+from kernels.generate.ring import ask, products, start_ring, wait_for_slot, word_at, words_of
+from kernels.generate.sampling import all_ended, filtered_winner, race_lane, recent_ids, record, winner
 from kernels.generate.stream import CORTEX_IN, DECODE, MEMORY_IN, MLP_IN, MLP_OUT, OUT
 from kernels.generate.stream_phases import arrive, block_barrier, wait
-from kernels.generate.weight_bytes import activation_unit, in_units, weight_of
+from kernels.generate.weight_bytes import activation_unit, excess_of, weight_of
 
 
 @triton.jit(do_not_specialize=["num_wernicke", "num_memory", "num_broca", "seed_low", "seed_high", "top_k", "limit",
-                               "num_ids", "num_stop", "num_tiles", "zero"])  # fmt: skip
+                               "num_ids", "num_stop", "num_turns", "ring_offset"])  # fmt: skip
 def packet_kernel(
-    p_embedding, d_tiles, p_vectors, p_scales,
+    p_embedding, p_pieces, p_vectors, p_scales,
     p_ids, p_log_probs, p_lengths, p_seen, p_stop, p_lanes, p_positions, p_cortex, p_memory,
     p_packets, p_candidate, p_candidate_id, p_logits, p_counter, p_table,
     num_wernicke, num_memory, num_broca, num_ids, num_stop, limit, seed_low, seed_high,
-    temperature, penalty, top_p, log_min_p, top_k, num_tiles, zero,
+    temperature, penalty, top_p, log_min_p, top_k, num_turns, ring_offset,
     D: tl.constexpr, C: tl.constexpr, N: tl.constexpr, M: tl.constexpr, V: tl.constexpr, TAPS: tl.constexpr,
     GRADED: tl.constexpr, DELTA: tl.constexpr, GO: tl.constexpr, THETA: tl.constexpr, BETA: tl.constexpr,
     RHO: tl.constexpr, EPS: tl.constexpr,
     GREEDY: tl.constexpr, PENALTY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
-    R: tl.constexpr, NH: tl.constexpr, NI: tl.constexpr, KS: tl.constexpr, U: tl.constexpr,
-    CU: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
-    BRACE: tl.constexpr, TOKENS: tl.constexpr, P: tl.constexpr, INT8: tl.constexpr, SINGLE: tl.constexpr,
+    R: tl.constexpr, SHARE: tl.constexpr, WARPS: tl.constexpr, G: tl.constexpr, GRANULES: tl.constexpr,
+    CH: tl.constexpr, SLOTS: tl.constexpr, CU: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BP: tl.constexpr,
+    BS: tl.constexpr, BRACE: tl.constexpr, P: tl.constexpr, TABLE: tl.constexpr, INT8: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Read the token at ids[TAPS - 1], draw the next, and so on until `limit` tokens are drawn or the lane ended.
 
     Scratch: packets, int64 or int32, as `kernels.generate.packets` orders them, zeros at first; candidate `[2, 4, P]`
     and candidate_id `[2, P]`, logits `[V]` or with a filter `[3, V]`, counter `[1]`, zero at first.
 
-    With INT8 tiles are bytes (`kernels.generate.weight_bytes`) and scales `[P, T, R]` say what a turn's sums are
-    multiplied by when they leave; otherwise scales are not read.
+    With INT8 pieces are bytes (`kernels.generate.weight_bytes`) and scales `[P, T, R]` say what a turn's sums are
+    multiplied by when they leave; otherwise scales are not read. What belongs to a turn's rows is a tensor with SHARE
+    elements for each, one a thread, of which the first is the one that stores.
     """
     FILTER: tl.constexpr = (TOP_K or TOP_P or MIN_P) and not GREEDY
     cortex_vectors: tl.constexpr = (D * (C + 2) + 63) // 64 * 64
@@ -69,224 +73,272 @@ def packet_kernel(
     p_taps = p_go_vector + (((D // C) * (D + 1) + 63) // 64 * 64 if GO else 0)
     p_go = p_packets + (num_wernicke + num_memory + num_broca + 1) * per_layer
     num_units: tl.constexpr = D // CU
-    CH: tl.constexpr = NH * NI * KS
+    TURN: tl.constexpr = GRANULES * G
+    BITS: tl.constexpr = p_pieces.dtype.element_ty.primitive_bitwidth
+    PIECE: tl.constexpr = R // WARPS * G  # elements
+    SLOT: tl.constexpr = GRANULES * PIECE * BITS // 8  # bytes
+    COUNT: tl.constexpr = GRANULES if SINGLE else GRANULES * (128 // BITS)
 
     PART: tl.constexpr = min(C, N, 64)
     UNIT: tl.constexpr = activation_unit(INT8)
     WIDE: tl.constexpr = p_packets.dtype.element_ty == tl.int64
-    room = shared_room(room_bytes(D, M, CH, U, PART), SINGLE)
-    p_sums = room + room_channels(D, M, CH, U) * 9 // 2
+    room = shared_room(room_bytes(D, M, TURN, PART), SINGLE)
+    p_sums = room + room_channels(D, M, TURN) * 9 // 2
 
     step = tl.full([], 0, tl.int32)
-    relay_packets(tl.load(p_ids + TAPS - 1), step, p_ids, p_embedding, p_taps, p_packets, D, TAPS, EPS, BD)
+    recent = recent_ids(p_ids + TAPS - 1, TAPS)
+    relay_packets(tl.load(p_ids + TAPS - 1), step, recent, p_embedding, p_taps, p_packets, D, TAPS, EPS, BD)
     block_barrier(SINGLE)
     arrived = tl.full([], 0, tl.int32)
 
-    o_r = tl.arange(0, R)
-    p_table += tl.program_id(0) * num_tiles * 2
-    p_scales += tl.program_id(0) * num_tiles * R
-    while step < limit:
-        x = (tl.zeros([NH, 1, NI, KS], tl.float32),) * U
+    thread = tl.arange(0, R * SHARE)
+    o_r = thread // SHARE
+    leads = thread % SHARE == 0
+    p_table += tl.program_id(0) * num_turns * 2
+    p_scales += tl.program_id(0) * num_turns * R
+    total = limit * num_turns
+    turn, slot, parity = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
+    place, ahead = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
+    data, barriers, words = thread, thread, place
+    if not SINGLE:
+        data, barriers = start_ring(thread, ring_offset, p_table, num_turns * 2, GRANULES, SLOTS, WARPS)
+        words = words_of(ring_offset, GRANULES, SLOTS, WARPS)
+        while turn < SLOTS:
+            ask(
+                thread, data + turn * SLOT, barriers + turn * 8, p_pieces,
+                word_at(p_table, words, 2 * ahead, SINGLE), turn < total, PIECE,
+            )  # fmt: skip
+            ahead = tl.where(ahead + 1 == num_turns, 0, ahead + 1)
+            turn += 1
+        turn = tl.full([], 0, tl.int32)
+
+    x = (tl.zeros([G] if SINGLE else [R * SHARE], tl.float32),) * COUNT
+    excess = (tl.zeros([G] if SINGLE else [R * SHARE], tl.float32),) * (4 if INT8 and not SINGLE else 1)
+    square = tl.full([], 0.0, tl.float32)
+    none = tl.zeros([R * SHARE], tl.float32)
+    sums, still, gain, bias, held, adaptation, spikes = none, none, none, none, none, none, none
+    before, new = tl.zeros([R * SHARE], tl.int32), tl.zeros([R * SHARE], tl.int32)
+    last = total
+    while turn < last:
+        what = word_at(p_table, words, 2 * place + 1, SINGLE)
+        flags = what.to(tl.int32)
+        kind = (flags >> 4) & 7
+        chunk = (flags >> 8) & 63
+        half = (flags >> 3) & 1
+        layer = ((what >> 24) & 4095).to(tl.int32)
+        is_memory = (layer >= num_wernicke) & (layer < num_wernicke + num_memory)
+        is_gated = layer >= num_wernicke + num_memory
+        epoch = step + 1
         if INT8:
-            excess = tl.zeros([NH, 1, NI, KS], tl.float32)
-            row = tl.full([], 0, tl.int32)
-        square = tl.full([], 0.0, tl.float32)
-        sums = tl.zeros([R], tl.float32)
-        before, new = tl.zeros([R], tl.int32), tl.zeros([R], tl.int32)
-        still, gain, bias = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
-        held, adaptation, spikes = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
-
-        # Words of the table are read two turns before they are needed. (A loop that hands a value on unchanged is not
-        # pipelined, so a zero is added that the compiler does not know.)
-        ahead = tl.where(num_tiles > 1, 1, 0)
-        place = ahead
-        fetch, next_fetch = tl.load(p_table), tl.load(p_table + 2 * ahead)
-        use, next_use = tl.load(p_table + 1), tl.load(p_table + 1 + 2 * place)
-        for _turn in tl.range(0, tl.minimum(limit - step, TOKENS) * num_tiles, num_stages=STAGES):
-            w = ()
-            for u in tl.static_range(U):
-                # Past the last tile nothing is read, and zeros come.
-                number = tl.where(u < (fetch >> 32), fetch + u, 1 << 24).to(tl.int32)
-                w = append(w, tl.reshape(d_tiles.load([number, 0, 0, 0, 0]), [NH, R, NI, KS]))
-            fetch = next_fetch + zero
-            ahead = tl.where(ahead + 1 == num_tiles, 0, ahead + 1)
-            next_fetch = tl.load(p_table + 2 * ahead)
-
-            turn = use
-            use = next_use + zero
-            place = tl.where(place + 1 == num_tiles, 0, place + 1)
-            next_use = tl.load(p_table + 1 + 2 * place)
-            flags = turn.to(tl.int32)
-            kind = (flags >> 4) & 7
-            chunk = (flags >> 8) & 63
-            half = (flags >> 3) & 1
-            layer = ((turn >> 24) & 4095).to(tl.int32)
-            is_memory = (layer >= num_wernicke) & (layer < num_wernicke + num_memory)
-            is_gated = layer >= num_wernicke + num_memory
-            epoch = step + 1
-            if INT8:
-                # Asked for here, so that it is there when the sums are.
-                scale = tl.zeros([R], tl.float32)
-                if flags & 2:
-                    scale = tl.load(p_scales + row + o_r)
-                row = tl.where(row + R == num_tiles * R, 0, row + R)
-            cortex_before = tl.minimum(layer, num_wernicke) + tl.maximum(layer - num_wernicke - num_memory, 0)
-            memory_before = tl.minimum(tl.maximum(layer - num_wernicke, 0), num_memory)
-            p_vector = p_vectors + cortex_before * cortex_vectors + memory_before * memory_vectors
-            p_state = p_cortex + cortex_before * (3 * D)
-            p_fast = p_memory + memory_before.to(tl.int64) * (D * N)
-
-            o_n = (turn >> 36).to(tl.int32) + o_r
-            mask = o_r < ((flags >> 14) & 1023)
-            p_layer = p_packets + layer * per_layer
-            if (chunk == 0) & (half == 0):
-                # What does not wait for this phase's activations: the neurons' state, what sums will be added to, and
-                # the new spikes, which become the state's. (Not opened yet, which would wait for them.)
-                if kind == CORTEX_IN:
-                    still, gain, bias, adaptation, spikes = fetch_neurons(
-                        o_n, mask, p_state, p_vector, D, C, THETA, RHO
-                    )
-                elif kind == MEMORY_IN:
-                    if flags & 1:
-                        ask_for_unit(tl.program_id(0), p_fast, p_vector, D, N, DELTA, CU, BD, SINGLE)
-                else:
-                    p_before = p_layer + tl.where(kind == MLP_OUT, 3 * D, 0)
-                    adds = mask & ((kind == OUT) | (kind == MLP_OUT))
-                    spiked = adds & (kind == OUT)
-                    before = tl.load(p_before + o_n, mask=adds, other=0, cache_modifier=".cg").to(tl.int32)
-                    new = tl.load(p_layer + 2 * D + o_n, mask=spiked, other=0, cache_modifier=".cg").to(tl.int32)
-
-            if flags & 1:
-                first = chunk * (U * CH)
-                if SINGLE:
-                    if kind == OUT:
-                        if is_memory:
-                            x = load_normed(
-                                p_layer + D, p_layer + 2 * D, p_go, first, False, D, False, N, EPS, NH, NI, KS, U
-                            )
-                        else:
-                            x = load_normed(
-                                p_layer + D, p_layer + 2 * D, p_go, first, is_gated, D, GO, C, EPS, NH, NI, KS, U
-                            )
-                    elif kind == MLP_OUT:
-                        x = load_channels(p_layer + 4 * D, first, M, NH, NI, KS, U)
-                    else:
-                        x = load_channels(p_layer + tl.where(kind == MLP_IN, 3 * D, 0), first, D, NH, NI, KS, U)
-                        squares = x[0] * x[0]
-                        for u in tl.static_range(1, U):
-                            squares += x[u] * x[u]
-                        square = tl.where(chunk == 0, 0.0, square) + tl.sum(tl.reshape(squares, [CH]), 0)
-                else:
-                    # All of a phase's activations at once; further turns find theirs in the room.
-                    if chunk > 0:
-                        ready = still_put(room)
-                    elif kind == OUT:
-                        if C == N:
-                            gated = is_gated & (not is_memory)
-                            ready = gather_normed(
-                                room, p_sums, p_layer + D, p_layer + 2 * D, p_go, epoch, gated,
-                                D, GO, C, PART, EPS, CH, U, UNIT,
-                            )  # fmt: skip
-                        elif is_memory:
-                            ready = gather_normed(
-                                room, p_sums, p_layer + D, p_layer + 2 * D, p_go, epoch, False,
-                                D, False, N, PART, EPS, CH, U, UNIT,
-                            )  # fmt: skip
-                        else:
-                            ready = gather_normed(
-                                room, p_sums, p_layer + D, p_layer + 2 * D, p_go, epoch, is_gated,
-                                D, GO, C, PART, EPS, CH, U, UNIT,
-                            )  # fmt: skip
-                    elif kind == MLP_OUT:
-                        ready, _ = gather_channels(room, p_sums, p_layer + 4 * D, epoch, M, False, PART, CH, U, UNIT)
-                    else:
-                        ready, square = gather_channels(
-                            room, p_sums, p_layer + tl.where(kind == MLP_IN, 3 * D, 0), epoch, D, True, PART, CH, U,
-                            UNIT,
-                        )  # fmt: skip
-                    x = room_channels_of(ready, first, NH, NI, KS, U)
-                if INT8:
-                    x, excess = in_units(x, UNIT, U, SINGLE)
-                if GO:  # noqa: SIM102, one is decided when compiled
-                    if (kind == CORTEX_IN) & (layer == num_wernicke + num_memory) & (chunk == 0):
-                        block_barrier(SINGLE)
-                        send_gates(p_layer, p_go, p_go_vector, epoch, D, D // C, EPS, BD)
-
-            products = weight_of(w[0], INT8, SINGLE) * x[0]  # type: ignore[misc]
-            if INT8:
-                products += excess
-            for u in tl.static_range(1, U):
-                products += weight_of(w[u], INT8, SINGLE) * x[u]
-            sums = tl.where(chunk == 0, 0.0, sums) + tl.sum(tl.sum(tl.sum(products, 3), 2), 0)
-
+            # Asked for here, so that it is there when the sums are.
+            scale = none
             if flags & 2:
-                out = sums * scale if INT8 else sums
-                if (kind == OUT) | (kind == MLP_OUT):
-                    p_out = p_layer + tl.where(kind == OUT, 3 * D, per_layer)
-                    send_here(p_out + o_n, value_in(before, WIDE) + out, epoch, mask, SINGLE)
-                    store_here(
-                        p_state + 2 * D + o_n, value_in(new, WIDE), mask & (kind == OUT) & (not is_memory), SINGLE
+                scale = tl.load(p_scales + place * R + o_r)
+        cortex_before = tl.minimum(layer, num_wernicke) + tl.maximum(layer - num_wernicke - num_memory, 0)
+        memory_before = tl.minimum(tl.maximum(layer - num_wernicke, 0), num_memory)
+        p_vector = p_vectors + cortex_before * cortex_vectors + memory_before * memory_vectors
+        p_state = p_cortex + cortex_before * (3 * D)
+        p_fast = p_memory + memory_before.to(tl.int64) * (D * N)
+
+        o_n = (what >> 36).to(tl.int32) + o_r
+        rows = o_r < ((flags >> 14) & 1023)
+        mask = rows & leads
+        p_layer = p_packets + layer * per_layer
+        if (chunk == 0) & (half == 0):
+            # What does not wait for this phase's activations: the neurons' state, what sums will be added to, and
+            # the new spikes, which become the state's. (Not opened yet, which would wait for them.)
+            if kind == CORTEX_IN:
+                still, gain, bias, adaptation, spikes = fetch_neurons(
+                    o_n, rows, thread, p_state, p_vector, D, C, SHARE, THETA, RHO
+                )
+            elif kind == MEMORY_IN:
+                if flags & 1:
+                    ask_for_unit(tl.program_id(0), p_fast, p_vector, D, N, DELTA, CU, BD, SINGLE)
+            else:
+                p_before = p_layer + tl.where(kind == MLP_OUT, 3 * D, 0)
+                adds = mask & ((kind == OUT) | (kind == MLP_OUT))
+                spiked = adds & (kind == OUT)
+                before = tl.load(p_before + o_n, mask=adds, other=0, cache_modifier=".cg").to(tl.int32)
+                new = tl.load(p_layer + 2 * D + o_n, mask=spiked, other=0, cache_modifier=".cg").to(tl.int32)
+
+        if flags & 1:
+            if ((kind == MLP_OUT) & (chunk == 0)) | (kind == DECODE):
+                # The next layer's neurons: their lateral weights, read once a token, are not in L2.
+                ask_for_neurons(
+                    tl.where(kind == DECODE, 0, layer + 1), o_r, thread, p_vectors, num_wernicke, num_memory, num_broca,
+                    D, C, SHARE, cortex_vectors, memory_vectors, R, SINGLE,
+                )  # fmt: skip
+            first = chunk * TURN
+            if SINGLE:
+                if kind == OUT:
+                    if is_memory:
+                        x = load_normed(
+                            p_layer + D, p_layer + 2 * D, p_go, first, False, D, False, N, EPS, G, GRANULES
+                        )
+                    else:
+                        x = load_normed(
+                            p_layer + D, p_layer + 2 * D, p_go, first, is_gated, D, GO, C, EPS, G, GRANULES
+                        )
+                elif kind == MLP_OUT:
+                    x = load_channels(p_layer + 4 * D, first, M, G, GRANULES)
+                else:
+                    x = load_channels(p_layer + tl.where(kind == MLP_IN, 3 * D, 0), first, D, G, GRANULES)
+                    squares = x[0] * x[0]
+                    for i in tl.static_range(1, GRANULES):
+                        squares += x[i] * x[i]
+                    square = tl.where(chunk == 0, 0.0, square) + tl.sum(squares, 0)
+                if INT8:
+                    scaled = ()
+                    for i in tl.static_range(GRANULES):
+                        scaled = append(scaled, x[i] * UNIT)
+                    x = scaled
+                    excess = excess_of(x, 1, 1)
+            else:
+                # All of a phase's activations at once; further turns find theirs in the room.
+                if chunk > 0:
+                    ready = still_put(room)
+                elif kind == OUT:
+                    if C == N:
+                        gated = is_gated & (not is_memory)
+                        ready = gather_normed(
+                            room, p_sums, p_layer + D, p_layer + 2 * D, p_go, epoch, gated,
+                            D, GO, C, PART, EPS, CH, TURN, UNIT,
+                        )  # fmt: skip
+                    elif is_memory:
+                        ready = gather_normed(
+                            room, p_sums, p_layer + D, p_layer + 2 * D, p_go, epoch, False,
+                            D, False, N, PART, EPS, CH, TURN, UNIT,
+                        )  # fmt: skip
+                    else:
+                        ready = gather_normed(
+                            room, p_sums, p_layer + D, p_layer + 2 * D, p_go, epoch, is_gated,
+                            D, GO, C, PART, EPS, CH, TURN, UNIT,
+                        )  # fmt: skip
+                elif kind == MLP_OUT:
+                    ready, _ = gather_channels(
+                        room, p_sums, p_layer + 4 * D, epoch, M, False, PART, CH, TURN, UNIT
                     )
                 else:
-                    out *= tl.rsqrt(square / D + EPS)
-                    if kind == MEMORY_IN:
-                        send_here(p_layer + (4 * D + M) + o_n, out, epoch, mask, SINGLE)
-                    elif kind == DECODE:
-                        store_here(p_logits + o_n, out, mask, SINGLE)
-                    elif kind == CORTEX_IN:
-                        if half == 0:
-                            held = spike_packets(
-                                out, still, gain, bias, adaptation, spikes, o_n, mask, p_state, p_layer + 2 * D,
-                                p_lengths, step, D, GRADED, THETA, BETA, SINGLE,
-                            )  # fmt: skip
-                        else:
-                            send_here(p_layer + D + o_n, held * silu(out), epoch, mask, SINGLE)
-                    else:
-                        if half == 0:
-                            held = silu(out)
-                        else:
-                            send_here(p_layer + 4 * D + o_n, held * out, epoch, mask, SINGLE)
-
-                if flags & 4:
-                    if kind == DECODE:
-                        if INT8:
-                            excess = tl.zeros([NH, 1, NI, KS], tl.float32)  # not kept while a token is drawn
-                        # Candidates in turn in two places: a program may still read the last token's.
-                        p_best, p_best_id = p_candidate + (step & 1) * (4 * P), p_candidate_id + (step & 1) * P
-                        block_barrier(SINGLE)
-                        race_logits(
-                            p_seen, p_lanes, p_positions, p_best, p_best_id, p_logits, step, 1,
-                            seed_low, seed_high, temperature, penalty, V, GREEDY, PENALTY, FILTER, 1, BRACE, R,
-                        )  # fmt: skip
-                        arrive(p_counter, SINGLE)
-                        arrived += P
-                        wait(p_counter, arrived, SINGLE)
-                        # Every program finds the winner and relays it by itself; with a filter the first does.
-                        if tl.program_id(0) < (1 if FILTER else P):
-                            token, raw, log_sum = winner(0, p_best, p_best_id, 1, BP)
-                            if FILTER:
-                                token, raw = filtered_winner(
-                                    0, p_logits, 1, top_k, top_p, log_min_p, V, TOP_K, TOP_P, MIN_P, BV
-                                )
-                            token = record(
-                                0, token, raw - log_sum, step, p_ids, p_log_probs, p_lengths, p_seen, p_stop,
-                                num_ids, num_stop, limit, V, TAPS, PENALTY, BS,
-                            )  # fmt: skip
-                            relay_packets(token, step + 1, p_ids, p_embedding, p_taps, p_packets, D, TAPS, EPS, BD)
-                        if FILTER:
-                            arrive(p_counter, SINGLE)
-                            arrived += P
-                            wait(p_counter, arrived, SINGLE)
-                        step += 1
-                    elif kind == MEMORY_IN:
-                        unit = tl.program_id(0)
-                        while unit < num_units:
-                            memory_packets(
-                                unit, room, square, p_layer, p_vector, p_layer + (4 * D + M), p_layer + 2 * D,
-                                p_layer + D, p_fast, p_lengths, step, D, N, DELTA, EPS, CU, BD, UNIT, SINGLE,
-                            )  # fmt: skip
-                            unit += P
-                    # What a thread stored may be read by another of this program.
+                    ready, square = gather_channels(
+                        room, p_sums, p_layer + tl.where(kind == MLP_IN, 3 * D, 0), epoch, D, True, PART, CH, TURN,
+                        UNIT,
+                    )  # fmt: skip
+                x = room_values(ready, first, thread, GRANULES, BITS)
+                if INT8:
+                    excess = excess_of(x, 4, 4)
+            if GO:  # noqa: SIM102, one is decided when compiled
+                if (kind == CORTEX_IN) & (layer == num_wernicke + num_memory) & (chunk == 0):
                     block_barrier(SINGLE)
-        if num_stop > 0 and all_ended(p_lengths, 1, step - 1, 1):
-            step = limit
+                    send_gates(p_layer, p_go, p_go_vector, epoch, D, D // C, EPS, BD)
+
+        if SINGLE:
+            o_g = tl.arange(0, G)[None, :]
+            fetch = word_at(p_table, words, 2 * place, SINGLE)
+            product = tl.zeros([R, G], tl.float32)
+            if INT8:
+                product += excess[0][None, :]
+            for i in tl.static_range(GRANULES):
+                piece = (fetch & 0xFFFFFFFF) + i
+                w = tl.load(p_pieces + piece * PIECE + o_r[:, None] * G + o_g, mask=i < (fetch >> 48), other=0)
+                product += weight_of(w, INT8) * x[i][None, :]
+            out = tl.sum(product, 1)
+        else:
+            out = products(data + slot * SLOT, barriers + slot * 8, parity, x, excess, GRANULES, BITS, INT8)
+        sums = tl.where(chunk == 0, 0.0, sums) + out
+
+        if flags & 2:
+            out = sums * scale if INT8 else sums
+            if (kind == OUT) | (kind == MLP_OUT):
+                p_out = p_layer + tl.where(kind == OUT, 3 * D, per_layer)
+                send_here(p_out + o_n, value_in(before, WIDE) + out, epoch, mask, SINGLE)
+                store_here(
+                    p_state + 2 * D + o_n, value_in(new, WIDE), mask & (kind == OUT) & (not is_memory), SINGLE
+                )
+            else:
+                out *= tl.rsqrt(square / D + EPS)
+                if kind == MEMORY_IN:
+                    send_here(p_layer + (4 * D + M) + o_n, out, epoch, mask, SINGLE)
+                elif kind == DECODE:
+                    store_here(p_logits + o_n, out, mask, SINGLE)
+                elif kind == CORTEX_IN:
+                    if half == 0:
+                        held = spike_packets(
+                            out, still, gain, bias, adaptation, spikes, o_n, mask, p_state, p_layer + 2 * D,
+                            p_lengths, step, D, GRADED, THETA, BETA, SINGLE,
+                        )  # fmt: skip
+                    else:
+                        send_here(p_layer + D + o_n, held * silu(out), epoch, mask, SINGLE)
+                else:
+                    if half == 0:
+                        held = silu(out)
+                    else:
+                        send_here(p_layer + 4 * D + o_n, held * out, epoch, mask, SINGLE)
+
+        if not SINGLE:
+            # After what others wait for.
+            fetch = word_at(p_table, words, 2 * ahead, SINGLE)
+            ask(
+                thread, data + slot * SLOT, barriers + slot * 8, p_pieces, fetch, turn + SLOTS < total, PIECE
+            )  # fmt: skip
+            ahead = tl.where(ahead + 1 == num_turns, 0, ahead + 1)
+            slot += 1
+            parity = tl.where(slot == SLOTS, 1 - parity, parity)
+            slot = tl.where(slot == SLOTS, 0, slot)
+        place = tl.where(place + 1 == num_turns, 0, place + 1)
+
+        if flags & 4:
+            if kind == DECODE:
+                # Candidates in turn in two places: a program may still read the last token's.
+                p_best, p_best_id = p_candidate + (step & 1) * (4 * P), p_candidate_id + (step & 1) * P
+                block_barrier(SINGLE)
+                own = race_lane(
+                    p_seen, p_lanes, p_positions, p_best, p_best_id, p_logits, step, seed_low, seed_high,
+                    temperature, penalty, V, GREEDY, PENALTY, FILTER, BRACE, R, SINGLE,
+                )  # fmt: skip
+                # What does not wait for the other programs: the own candidate's embedding comes to L2, as it may win.
+                LINES: tl.constexpr = max(BD // 32, 1)
+                prefetch(p_embedding + own * D + tl.minimum(tl.arange(0, LINES) * 32, D - 1), SINGLE)
+                recent = recent_ids(p_ids + step + TAPS, TAPS)
+                length = tl.load(p_lengths, cache_modifier=".cg")
+                arrive(p_counter, SINGLE)
+                arrived += P
+                wait(p_counter, arrived, SINGLE)
+                # Every program finds the winner and relays it by itself; with a filter the first does.
+                if tl.program_id(0) < (1 if FILTER else P):
+                    token, raw, log_sum = winner(0, p_best, p_best_id, 1, BP, SINGLE)
+                    if FILTER:
+                        token, raw = filtered_winner(
+                            0, p_logits, 1, top_k, top_p, log_min_p, V, TOP_K, TOP_P, MIN_P, BV
+                        )
+                    token = record(
+                        0, token, raw - log_sum, step, length, p_ids, p_log_probs, p_lengths, p_seen, p_stop, num_ids,
+                        num_stop, limit, V, TAPS, PENALTY, BS,
+                    )  # fmt: skip
+                    relay_packets(token, step + 1, recent, p_embedding, p_taps, p_packets, D, TAPS, EPS, BD)
+                if FILTER:
+                    arrive(p_counter, SINGLE)
+                    arrived += P
+                    wait(p_counter, arrived, SINGLE)
+                step += 1
+            elif kind == MEMORY_IN:
+                unit = tl.program_id(0)
+                while unit < num_units:
+                    memory_packets(
+                        unit, room, square, p_layer, p_vector, p_layer + (4 * D + M), p_layer + 2 * D,
+                        p_layer + D, p_fast, p_lengths, step, D, N, DELTA, EPS, CU, BD, UNIT, SINGLE,
+                    )  # fmt: skip
+                    unit += P
+            # What a thread stored may be read by another of this program.
+            block_barrier(SINGLE)
+            if (kind == DECODE) & (num_stop > 0):
+                if all_ended(p_lengths, 1, step - 1, 1):
+                    last = turn + 1
+        turn += 1
+    if not SINGLE:
+        # A block may not end while what it asked for is on its way.
+        while turn < tl.minimum(last + SLOTS, total):
+            wait_for_slot(barriers + slot * 8, parity)
+            slot += 1
+            parity = tl.where(slot == SLOTS, 1 - parity, parity)
+            slot = tl.where(slot == SLOTS, 0, slot)
+            turn += 1

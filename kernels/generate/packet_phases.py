@@ -17,6 +17,7 @@ from kernels.generate.packets import (
     store_here,
     value_of,
 )
+from kernels.generate.ring import sum_of_row
 from kernels.generate.sampling import relayed
 
 
@@ -41,31 +42,63 @@ def send_gates(p_x, p_go, p_vector, epoch, D: tl.constexpr, K: tl.constexpr, EPS
 
 @triton.jit
 def relay_packets(
-    token, step, p_ids, p_embedding, p_taps, p_packets,
+    token, step, recent, p_embedding, p_taps, p_packets,
     D: tl.constexpr, TAPS: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """As `relay_columns`, for a single lane."""
     o_d = tl.arange(0, BD)
-    x = relayed(token, p_ids + step + TAPS - 1, p_embedding, p_taps, D, TAPS, EPS, BD)
+    x = relayed(token, recent, p_embedding, p_taps, D, TAPS, EPS, BD)
     send(p_packets + o_d, x, step + 1, o_d < D)
 
 
 @triton.jit
+def lateral_sum(
+    o_n, rows, thread, p_spikes, p_lateral, D: tl.constexpr, C: tl.constexpr, SHARE: tl.constexpr
+):  # fmt: skip
+    """R s for neurons o_n, from the last token's spikes; each of a row's SHARE threads takes a part of its column."""
+    if SHARE == 1:
+        o_c = tl.arange(0, C)[None, :]
+        b_w = tl.load(p_lateral + o_n[:, None] * C + o_c, mask=rows[:, None], other=0.0)
+        p_s = p_spikes + (o_n // C * C)[:, None] + o_c
+        return tl.sum(b_w * tl.load(p_s, mask=rows[:, None], other=0.0, cache_modifier=".cg"), 1)
+    else:
+        o_n = tl.minimum(o_n, D - 1)  # rows past the last are not stored
+        p_w, p_s = p_lateral + o_n * C + thread % SHARE, p_spikes + o_n // C * C + thread % SHARE
+        total = tl.zeros(o_n.shape, tl.float32)
+        for i in tl.static_range(0, C, SHARE):
+            total += tl.load(p_w + i) * tl.load(p_s + i, cache_modifier=".cg")
+        return sum_of_row(total)
+
+
+@triton.jit
+def ask_for_neurons(
+    layer, o_r, thread, p_vectors, num_wernicke, num_memory, num_broca, D: tl.constexpr, C: tl.constexpr,
+    SHARE: tl.constexpr, CORTEX: tl.constexpr, MEMORY: tl.constexpr, ROWS: tl.constexpr, SINGLE: tl.constexpr,
+):  # fmt: skip
+    """Have what `fetch_neurons` reads of a layer's vectors brought to L2, for the first of a program's ROWS rows, if it
+    is a cortex layer. CORTEX and MEMORY are the lengths of a layer's vectors."""
+    in_broca = layer >= num_wernicke + num_memory
+    if (layer < num_wernicke) | (in_broca & (layer < num_wernicke + num_memory + num_broca)):
+        before = tl.where(in_broca, num_memory, 0)
+        p_vector = p_vectors + (layer - before) * CORTEX + before * MEMORY
+        o_n = tl.minimum(tl.program_id(0) * ROWS + o_r, D - 1)
+        prefetch(p_vector + o_n * C + thread % SHARE * (C // SHARE), SINGLE)
+        prefetch(p_vector + D * C + tl.where(thread % SHARE == 0, 0, D) + o_n, SINGLE)
+
+
+@triton.jit
 def fetch_neurons(
-    o_n, mask, p_state, p_vector, D: tl.constexpr, C: tl.constexpr, THETA: tl.constexpr, RHO: tl.constexpr,
+    o_n, rows, thread, p_state, p_vector,
+    D: tl.constexpr, C: tl.constexpr, SHARE: tl.constexpr, THETA: tl.constexpr, RHO: tl.constexpr,
 ):  # fmt: skip
     """What of neurons o_n does not wait for their drive: the voltage without it, its factor and its bias, the new
     adaptation and the old spikes."""
-    alpha = tl.load(p_vector + D * C + o_n, mask=mask, other=0.5)
-    bias = tl.load(p_vector + D * C + D + o_n, mask=mask, other=0.0)
-    voltage = tl.load(p_state + o_n, mask=mask, other=0.0, cache_modifier=".cg")
-    adaptation = tl.load(p_state + D + o_n, mask=mask, other=0.0, cache_modifier=".cg")
-    spikes = tl.load(p_state + 2 * D + o_n, mask=mask, other=0.0, cache_modifier=".cg")
-    o_c = tl.arange(0, C)[None, :]
-    b_w = tl.load(p_vector + o_n[:, None] * C + o_c, mask=mask[:, None], other=0.0)
-    p_s = p_state + 2 * D + (o_n // C * C)[:, None] + o_c
-    b_s = tl.load(p_s, mask=mask[:, None], other=0.0, cache_modifier=".cg")
-    lateral = tl.sum(b_w * b_s, 1)
+    alpha = tl.load(p_vector + D * C + o_n, mask=rows, other=0.5)
+    bias = tl.load(p_vector + D * C + D + o_n, mask=rows, other=0.0)
+    voltage = tl.load(p_state + o_n, mask=rows, other=0.0, cache_modifier=".cg")
+    adaptation = tl.load(p_state + D + o_n, mask=rows, other=0.0, cache_modifier=".cg")
+    spikes = tl.load(p_state + 2 * D + o_n, mask=rows, other=0.0, cache_modifier=".cg")
+    lateral = lateral_sum(o_n, rows, thread, p_state + 2 * D, p_vector, D, C, SHARE)
     still = alpha * (voltage - THETA * spikes) + (1.0 - alpha) * lateral
     return still, tl.sqrt(1.0 - alpha), bias, spikes + RHO * (adaptation - spikes), spikes
 

@@ -13,6 +13,9 @@ from kernels.generate.device import load_shares, norm_scale, numbers, prefetch, 
 from kernels.sample.device import exponential_draw, filter_threshold, penalized, philox_word
 
 
+_LOWEST = tl.constexpr(-3.0e38)  # where there is no logit
+
+
 @triton.jit
 def race(
     program, p_x_columns, p_square, p_decoder, p_seen, p_lanes, p_positions, p_candidate, p_candidate_id, p_logits,
@@ -149,22 +152,90 @@ def race_logits(
 
 
 @triton.jit
-def winner(lane, p_candidate, p_candidate_id, num_lanes, BP: tl.constexpr):
-    """The best candidate of a lane: its id, its logit, and log sum exp of all logits. Ties go to the lowest id, since
-    programs hold ids in order."""
+def better_candidate(score, ids, raw, largest, total, score_b, ids_b, raw_b, largest_b, total_b):
+    """Of two candidates the one with the better score, or of equals the lower id; and, of the ids that both stand for,
+    the largest logit and the sum of exp(logit - largest)."""
+    first = (score > score_b) | ((score == score_b) & (ids < ids_b))
+    top = tl.maximum(largest, largest_b)
+    total = total * tl.exp(largest - top) + total_b * tl.exp(largest_b - top)
+    return tl.where(first, score, score_b), tl.where(first, ids, ids_b), tl.where(first, raw, raw_b), top, total
+
+
+@triton.jit
+def race_lane(
+    p_seen, p_lanes, p_positions, p_candidate, p_candidate_id, p_logits, step, seed_low, seed_high, temperature, penalty,
+    V: tl.constexpr, GREEDY: tl.constexpr, PENALTY: tl.constexpr, FILTER: tl.constexpr, BV: tl.constexpr,
+    UNIT: tl.constexpr, SINGLE: tl.constexpr,
+):  # fmt: skip
+    """As `race_logits`, for a single lane and ids dealt out in blocks of UNIT as `turn_table` does: all that is found out
+    takes one exchange between warps. Returns the best id, or any where the program has none."""
+    lane_number, position = tl.load(p_lanes).to(tl.int32), (tl.load(p_positions) + step + 1).to(tl.int32)
+    place, programs = tl.program_id(0), tl.num_programs(0)
+    each = tl.cdiv(tl.cdiv(V, UNIT), programs) * UNIT
+    none, lowest = tl.zeros([BV], tl.int32), tl.full([BV], _LOWEST, tl.float32)
+    best = tl.full([BV], float("-inf"), tl.float32)
+    best_id, best_raw, largest, total = none + V, lowest, lowest, tl.zeros([BV], tl.float32)
+    tile = tl.full([], 0, tl.int32)
+    while tile < each:
+        own = tile + tl.arange(0, BV)
+        o_v = (own // UNIT * programs + place) * UNIT + own % UNIT
+        ids = (own < each) & (o_v < V)
+        raw = tl.load(p_logits + o_v, mask=ids, other=_LOWEST, cache_modifier=".cg")
+        z = raw
+        if PENALTY:
+            z = penalized(raw, tl.load(p_seen + o_v, mask=ids, other=0, cache_modifier=".cg") != 0, penalty)
+        score = z
+        if not GREEDY:
+            z = z / temperature
+            word = philox_word(seed_low, seed_high, none + o_v, none + position, none + lane_number)
+            score = z - tl.log(exponential_draw(word))
+        if FILTER:
+            tl.store(p_logits + V + o_v, z, mask=ids)
+            tl.store(p_logits + 2 * V + o_v, score, mask=ids)
+        score = tl.where(ids, score, float("-inf"))
+        here = tl.where(ids, o_v, V)
+        one = tl.where(ids, 1.0, 0.0)
+        best, best_id, best_raw, largest, total = better_candidate(
+            best, best_id, best_raw, largest, total, score, here, raw, raw, one
+        )
+        tile += BV
+    best, best_id, best_raw, largest, total = best_of(best, best_id, best_raw, largest, total, SINGLE)
+    tl.store(p_candidate + place, best)
+    tl.store(p_candidate + programs + place, best_raw)
+    tl.store(p_candidate + 2 * programs + place, largest)
+    tl.store(p_candidate + 3 * programs + place, total)
+    tl.store(p_candidate_id + place, best_id)
+    return tl.minimum(best_id, V - 1)
+
+
+@triton.jit
+def best_of(score, ids, raw, largest, total, SINGLE: tl.constexpr):
+    """`better_candidate` over tensors of one dimension; a single program, in the interpreter, goes step by step."""
+    if SINGLE:
+        top_score, top = tl.max(score, 0), tl.max(largest, 0)
+        best_id = tl.min(tl.where(score == top_score, ids, 2**31 - 1), 0)
+        best_raw = tl.max(tl.where((score == top_score) & (ids == best_id), raw, _LOWEST), 0)
+        return top_score, best_id, best_raw, top, tl.sum(total * tl.exp(largest - top), 0)
+    else:
+        return tl.reduce((score, ids, raw, largest, total), 0, better_candidate)
+
+
+@triton.jit
+def winner(lane, p_candidate, p_candidate_id, num_lanes, BP: tl.constexpr, SINGLE: tl.constexpr):
+    """The best candidate of a lane: its id, its logit, and log sum exp of all logits. Ties go to the lowest id."""
     o_p = tl.arange(0, BP)
     inside = o_p < tl.num_programs(0)
     o_c = o_p * num_lanes + lane
     plane = tl.num_programs(0) * num_lanes
     score = tl.load(p_candidate + o_c, mask=inside, other=float("-inf"), cache_modifier=".cg")
     raw = tl.load(p_candidate + plane + o_c, mask=inside, other=0.0, cache_modifier=".cg")
-    largest = tl.load(p_candidate + 2 * plane + o_c, mask=inside, other=float("-inf"), cache_modifier=".cg")
+    # A program without ids has -inf, whose difference from itself is no number.
+    largest = tl.load(p_candidate + 2 * plane + o_c, mask=inside, other=_LOWEST, cache_modifier=".cg")
+    largest = tl.maximum(largest, _LOWEST)
     total = tl.load(p_candidate + 3 * plane + o_c, mask=inside, other=0.0, cache_modifier=".cg")
-    ids = tl.load(p_candidate_id + o_c, mask=inside, other=0, cache_modifier=".cg")
-    hit = o_p == tl.argmax(score, 0, tie_break_left=True)
-    top = tl.max(largest, 0)
-    log_sum = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
-    return tl.sum(tl.where(hit, ids, 0), 0), tl.sum(tl.where(hit, raw, 0.0), 0), log_sum
+    ids = tl.load(p_candidate_id + o_c, mask=inside, other=2**31 - 1, cache_modifier=".cg")
+    score, best_id, raw, top, total = best_of(score, ids, raw, largest, total, SINGLE)
+    return best_id, raw, top + tl.log(total)
 
 
 @triton.jit
@@ -202,13 +273,12 @@ def filtered_winner(
 
 @triton.jit
 def record(
-    lane, token, log_prob, step, p_ids, p_log_probs, p_lengths, p_seen, p_stop, num_ids, num_stop, limit,
+    lane, token, log_prob, step, length, p_ids, p_log_probs, p_lengths, p_seen, p_stop, num_ids, num_stop, limit,
     V: tl.constexpr, TAPS: tl.constexpr, PENALTY: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Write a lane's token behind the ids it has read, `[B, num_ids]`, and return it; a lane that has ended repeats its
-    last. Every store gives the same value however often it is made, as several programs may record the same token."""
+    """Write a lane's token behind the ids it has read, `[B, num_ids]`, and return it; a lane that has ended, as its
+    length in p_lengths says, repeats its last. Every store gives the same value however often it is made, as several programs may record the same token."""
     p_token = p_ids + lane * num_ids + step + TAPS
-    length = tl.load(p_lengths + lane, cache_modifier=".cg")
     active = (length == 0) | (length > step)
     previous = tl.load(p_token - 1, cache_modifier=".cg")
     token = tl.where(active, token.to(tl.int64), previous)
@@ -224,13 +294,20 @@ def record(
 
 
 @triton.jit
+def recent_ids(p_read, TAPS: tl.constexpr):
+    """The ids `[TAPS]` that a lane has read, the last of them before p_read at 1; 0, which is not used, at 0."""
+    o_j = tl.arange(0, TAPS)
+    return tl.load(p_read - o_j, mask=o_j > 0, other=0, cache_modifier=".cg")
+
+
+@triton.jit
 def relayed(
-    token, p_read, p_embedding, p_taps, D: tl.constexpr, TAPS: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr
+    token, recent, p_embedding, p_taps, D: tl.constexpr, TAPS: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr
 ):
-    """x `[BD]` = sum_j taps[j] * rms(E[id j places back]) for the token that a lane reads at p_read; -1 is no token."""
+    """x `[BD]` = sum_j taps[j] * rms(E[id j places back]) for a token and what `recent_ids` gives; -1 is no token."""
     o_j, o_d = tl.arange(0, TAPS), tl.arange(0, BD)
     inside = (o_d < D)[None, :]
-    ids = tl.where(o_j == 0, token, tl.load(p_read - o_j, mask=o_j > 0, other=0, cache_modifier=".cg"))
+    ids = tl.where(o_j == 0, token, recent)
     p_e = p_embedding + (tl.maximum(ids, 0) * D)[:, None] + o_d[None, :]
     e = tl.load(p_e, mask=inside, other=0.0).to(tl.float32)
     gain = tl.load(p_taps + o_j[:, None] * D + o_d[None, :], mask=inside & (ids >= 0)[:, None], other=0.0)
@@ -249,7 +326,7 @@ def relay_columns(
     o_d = tl.arange(0, BD)
     inside = o_d < D
     p_read = p_ids + lane * num_ids + step + TAPS - 1
-    x = relayed(token, p_read, p_embedding, p_taps, D, TAPS, EPS, BD)
+    x = relayed(token, recent_ids(p_read, TAPS), p_embedding, p_taps, D, TAPS, EPS, BD)
     tl.store(p_x + lane * D + o_d, x, mask=inside)
     rounded = x.to(p_columns.dtype.element_ty)
     if SPLIT:

@@ -204,14 +204,14 @@ def stream_kernel(
                         wait(p_counter, arrived, SINGLE)
                         lane = tl.program_id(0) * (1 if SPREAD else 0)
                         while lane < num_lanes:
-                            token, raw, log_sum = winner(lane, p_candidate, p_candidate_id, num_lanes, BP)
+                            token, raw, log_sum = winner(lane, p_candidate, p_candidate_id, num_lanes, BP, SINGLE)
                             if FILTER:
                                 token, raw = filtered_winner(
                                     lane, p_logits, num_lanes, top_k, top_p, log_min_p, V, TOP_K, TOP_P, MIN_P, BV
                                 )
                             token = record(
-                                lane, token, raw - log_sum, step, p_ids, p_log_probs, p_lengths, p_seen, p_stop,
-                                num_ids, num_stop, limit, V, TAPS, PENALTY, BS,
+                                lane, token, raw - log_sum, step, tl.load(p_lengths + lane, cache_modifier=".cg"), p_ids,
+                                p_log_probs, p_lengths, p_seen, p_stop, num_ids, num_stop, limit, V, TAPS, PENALTY, BS,
                             )  # fmt: skip
                             relay_columns(
                                 lane, token, step + 1, p_ids, num_ids, p_embedding, p_taps, p_x, p_x_columns, p_square,

@@ -1,6 +1,7 @@
 """Tile sizes of the launch, by lanes, type and programs; what a GPU session tunes."""
 
 import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
+import functools
 from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ import triton
 
 from kernels.generate.activations import room_bytes
 from kernels.generate.layout import BrainShape
+from kernels.generate.ring import GRANULE_BYTES, ROWS_OF_WARP, ring_bytes
+from kernels.generate.turns import count_turns
 
 
 _NUM_WARPS = 8
@@ -217,103 +220,99 @@ class PacketTiles:
     """Constants of the launch for one lane.
 
     Arguments:
-        R: rows of a tile. NH, NI, KS: its channels, NH * NI slices of KS. U: tiles of a turn, one behind another.
-        CU: value channels of a head that are one unit of memory.
-        BD, BV, BP: D, ids and programs at once, padded. BRACE: ids a program races at once. P: programs.
-        STAGES: turns in flight, and one. TOKENS: tokens that weights are asked for without a pause.
+        R: rows of a turn. SHARE: threads of a row. WARPS: warps that share the rows.
+        G: channels of a granule. GRANULES: of a turn. CH: channels of activations that are gathered together.
+        SLOTS: turns in flight.
+        CU: value channels of a head that are one unit of memory. BD, BV, BP: D, ids and programs at once, padded.
+        BRACE: ids a program races at once. P: programs.
     """
 
     R: int
-    NH: int
-    NI: int
-    KS: int
-    U: int
+    SHARE: int
+    WARPS: int
+    G: int
+    GRANULES: int
+    CH: int
+    SLOTS: int
+    TABLE: int
     CU: int
     BD: int
     BV: int
     BP: int
     BRACE: int
     P: int
-    STAGES: int
-    TOKENS: int = 16
-    num_warps: int = 8
 
     @property
-    def channels(self) -> int:
-        return self.NH * self.NI * self.KS
+    def num_warps(self) -> int:
+        return max(4, self.WARPS)
+
+    @property
+    def ring_bytes(self) -> int:
+        """Of shared memory, besides what the compiler takes."""
+        return ring_bytes(self.GRANULES, self.SLOTS, self.WARPS) + self.TABLE
 
     def constexprs(self) -> dict[str, int]:
         """Keyword arguments of the kernel."""
-        constants = asdict(self)
-        del constants["num_warps"]
-        return constants
+        return asdict(self)
 
 
-_MOST_TOGETHER = 4  # tiles of a turn
-_TURN_BYTES = 64 * 1024  # at most
-_MOST_BYTE_TILES = 18  # in flight: the loop's beginning asks for them one by one, and more take its registers
-_SHARED_BYTES = 218 * 1024  # for tiles in flight and activations
+_PACKET_WARPS = 8
+_MOST_GRANULES = 6  # of a turn: 48 KB of weights a program
+_MOST_VALUES = 48  # of a thread's activations, which stay in its registers for a phase
+_MOST_SLOTS = 16
+_TABLE_STEP = 2048  # another size of the table is another kernel
+_SHARED_BYTES = 218 * 1024  # for weights in flight and activations; the rest is the compiler's
 MAX_ROOM_BYTES = 48 * 1024
 
 
-def packet_room(shape: BrainShape, channels: int, together: int) -> int:
-    """Bytes of shared memory for the activations of one phase; more than MAX_ROOM_BYTES is not to be had."""
+def packet_room(shape: BrainShape, turn: int) -> int:
+    """Bytes of shared memory for the activations of one phase, in turns of so many channels; more than MAX_ROOM_BYTES
+    is not to be had."""
     part = min(shape.column_width, shape.head_width, 64)
-    return room_bytes(shape.width, shape.mlp_width, channels, together, part)
+    return room_bytes(shape.width, shape.mlp_width, turn, part)
 
 
+@functools.lru_cache(maxsize=64)
 def choose_packets(
-    shape: BrainShape,
-    dtype: torch.dtype,
-    num_programs: int,
-    *,
-    rows: int | None = None,
-    channels: int | None = None,
-    together: int | None = None,
-    ring_bytes: int = _RING_BYTES,
-    num_warps: int = 8,
+    shape: BrainShape, dtype: torch.dtype, num_programs: int, *, most_slots: int = _MOST_SLOTS
 ) -> PacketTiles:
-    """Tiles for one lane: if it goes, a turn takes all channels of width D, in the fewest and least padded tiles."""
-    group = max(shape.column_width, shape.head_width, 32 // dtype.itemsize)  # a slice has 32 bytes at least
-    rows, largest = (_INTERPRETED_TILE, _INTERPRETED_TILE) if num_programs == 1 else (rows or 16, 512)
-    most_bytes = 2**30 if num_programs == 1 else _TURN_BYTES
-    if channels is None:
-        sizes = [largest >> i for i in range(10) if largest >> i >= group] or [group]
-
-        def cost(size: int) -> tuple[int, int, int]:
-            turn = size * min(triton.cdiv(shape.width, size), _MOST_TOGETHER)
-            fits = turn * rows * dtype.itemsize <= most_bytes
-            return (0 if fits else 1, triton.cdiv(shape.width, size) * size, -size)
-
-        channels = min(sizes, key=cost)
-    if together is None:
-        together = min(triton.cdiv(shape.width, channels), _MOST_TOGETHER)
-        while together > 1 and together * channels * rows * dtype.itemsize > most_bytes:
-            together -= 1
-    room = packet_room(shape, channels, together)
-    ring_bytes = min(ring_bytes, _SHARED_BYTES - room)
-    unit = shape.head_width
-    if num_programs > 1:
+    """Tiles for one lane: if it goes, a turn takes all channels of width D, in the fewest and least padded granules."""
+    group = max(shape.column_width, shape.head_width)
+    if num_programs == 1:
+        rows, num_warps, share, slots = _INTERPRETED_TILE, 1, 1, 1
+        sizes = [_INTERPRETED_TILE >> i for i in range(10) if _INTERPRETED_TILE >> i >= max(group, 16)]
+        channels = min(sizes or [group], key=lambda size: (triton.cdiv(shape.width, size) * size, -size))
+        granules, unit, gathered, table = min(triton.cdiv(shape.width, channels), 4), shape.head_width, channels, 0
+    else:
+        num_warps = _PACKET_WARPS
+        rows, share = num_warps * ROWS_OF_WARP, 32 // ROWS_OF_WARP
+        channels = GRANULE_BYTES // dtype.itemsize
+        together = max(1, group // channels)  # granules that hold whole columns and heads
+        most = min(_MOST_GRANULES, _MOST_VALUES * dtype.itemsize // 16) // together * together
+        width = triton.cdiv(shape.width, channels)
+        granules = triton.cdiv(triton.cdiv(width, triton.cdiv(width, most)), together) * together
+        turn = granules * channels
+        gathered = min(512, turn & -turn)
+        num_turns = count_turns(shape, num_programs, rows, channels, granules)
+        table = triton.cdiv(num_turns * 16, _TABLE_STEP) * _TABLE_STEP
+        left = _SHARED_BYTES - packet_room(shape, turn) - table
+        slots = max(2, min(most_slots, left // ring_bytes(granules, 1, num_warps)))
         unit = 16
         while unit > 4 and shape.width < 96 * unit:
             unit //= 2
-    slice_channels = min(128 // dtype.itemsize, channels)
-    inner = min(4, channels // slice_channels)
-    num_turns = min(15, ring_bytes // (together * rows * channels * dtype.itemsize))
-    if dtype.itemsize == 1:
-        num_turns = min(num_turns, _MOST_BYTE_TILES // together)
     return PacketTiles(
         R=rows,
-        NH=channels // slice_channels // inner,
-        NI=inner,
-        KS=slice_channels,
-        U=together,
+        SHARE=share,
+        WARPS=num_warps,
+        G=channels,
+        GRANULES=granules,
+        CH=gathered,
+        SLOTS=slots,
+        TABLE=table,
         CU=min(unit, shape.head_width),
         BD=triton.next_power_of_2(shape.width),
         BV=min(2048, triton.next_power_of_2(shape.vocab_size)),
         BP=triton.next_power_of_2(num_programs),
         BRACE=min(512, triton.next_power_of_2(triton.cdiv(triton.cdiv(shape.vocab_size, rows), num_programs) * rows)),
         P=num_programs,
-        STAGES=max(1, num_turns) + 1,
-        num_warps=num_warps,
     )

@@ -33,30 +33,23 @@ def activation_unit(INT8):
 
 
 @triton.jit
-def weight_of(w, INT8: tl.constexpr, SINGLE: tl.constexpr):
-    """A tile in float32; with INT8 its bytes, times 2^-133."""
-    if not INT8:
-        return w.to(tl.float32)
-    elif SINGLE:
+def weight_of(w, INT8: tl.constexpr):
+    """Weights in float32; with INT8 their bytes, times 2^-133. (`kernels.generate.ring` does it by one instruction.)"""
+    if INT8:
         return (w.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
-        # What the line above says, which the compiler makes two instructions of.
-        return tl.inline_asm_elementwise(
-            """prmt.b32 $0, $4, 0, 0x4044;
-            prmt.b32 $1, $4, 0, 0x4144;
-            prmt.b32 $2, $4, 0, 0x4244;
-            prmt.b32 $3, $4, 0, 0x4344;""",
-            "=&f,=&f,=&f,=&f,r", [w], dtype=tl.float32, is_pure=True, pack=4,
-        )  # fmt: skip
+        return w.to(tl.float32)
 
 
 @triton.jit
-def in_units(x, UNIT: tl.constexpr, U: tl.constexpr, SINGLE: tl.constexpr):
-    """A turn's U activations in terms of UNIT, as the room gives them already, and what products begin with."""
-    scaled = ()
-    for u in tl.static_range(U):
-        scaled = append(scaled, x[u] * UNIT if SINGLE else x[u])
-    total = scaled[0]  # type: ignore[misc]
-    for u in tl.static_range(1, U):
-        total += scaled[u]
-    return scaled, total * _EXCESS
+def excess_of(x, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """What the sums of a turn begin with: a tuple of GROUPS tensors, one for each group of GROUP neighbours among as
+    many activations, and as many again, in the tuple x."""
+    out = ()
+    for i in tl.static_range(GROUPS):
+        total = x[i * GROUP] * 0.0
+        for j in tl.static_range(0, len(x), GROUP * GROUPS):
+            for k in tl.static_range(GROUP):
+                total += x[j + i * GROUP + k]
+        out = append(out, total * _EXCESS)
+    return out

@@ -12,8 +12,8 @@ from kernels.generate.fused import _turn_scales
 from kernels.generate.layout import BrainShape
 from kernels.generate.limits import check_quantized
 from kernels.generate.quantized import dequantized, quantize_rows
-from kernels.generate.stream import stream_table, tile_weights
 from kernels.generate.tiles import choose_packets
+from kernels.generate.turns import in_pieces, turn_table
 from kernels.generate.weight_bytes import BYTE_SUM, as_bytes
 from kernels.sample import Sampling
 from neurogen import NeuroGen
@@ -93,25 +93,23 @@ def test_small_tiles_cut_rows_and_channels_anywhere(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("num_programs", [1, 5, 132])
 def test_bytes_and_scales_of_every_turn_give_the_rounded_rows_back(num_programs: int) -> None:
     brain = pack_brain(brains.small_brain(embedding_dim=48, vocab_size=263), weights="int8")
-    tiles = choose_packets(brain.shape, torch.int8, num_programs, rows=16)
+    tiles = choose_packets(brain.shape, torch.int8, num_programs)
     plain = dequantized(brain)
-    table = stream_table(brain.shape, num_programs, tiles.R, tiles.channels, torch.device("cpu"), together=tiles.U)
+    cut = (tiles.R, tiles.WARPS, tiles.G)
+    table = turn_table(brain.shape, num_programs, *cut, tiles.GRANULES, torch.device("cpu"))
     scales = _turn_scales(brain, table, tiles.R)
-
-    def turn_tiles(matrices: Tensor, decoder: Tensor) -> Tensor:
-        cut = tile_weights(brain.shape, matrices, decoder, tiles.R, tiles.NH, tiles.NI, tiles.KS)
-        return cut.transpose(1, 2).flatten(2)  # [N, R, channels]
-
-    stored = turn_tiles(brain.matrices, brain.decoder)
+    stored = in_pieces(brain.shape, brain.matrices, brain.decoder, *cut)
     floats = (as_bytes(stored.clone()).int() << 16).view(torch.float32).double() - 128 * 2.0**-133
-    expected = turn_tiles(plain.matrices, plain.decoder)
+    expected = in_pieces(plain.shape, plain.matrices, plain.decoder, *cut)
+    of_warp = tiles.R // tiles.WARPS
     for program, turn in torch.cartesian_prod(torch.arange(num_programs), torch.arange(table.shape[1])).tolist():
         fetch, use = table[program, turn].tolist()
-        left, tile, count = (use >> 14) & 1023, fetch & 0xFFFFFFFF, fetch >> 32
+        left, first, stride, count = (use >> 14) & 1023, fetch & 0xFFFFFFFF, (fetch >> 32) & 0xFFFF, fetch >> 48
         assert not scales[program, turn, left:].any()
-        for number in range(tile, tile + count if left else tile):
-            ours = floats[number, :left] * scales[program, turn, :left, None] / BYTE_SUM * 2.0**133
-            torch.testing.assert_close(ours.float(), expected[number, :left], rtol=1e-6, atol=1e-9)
+        for row in range(left if count else 0):
+            piece = first + row // of_warp * stride
+            ours = floats[piece : piece + count, row % of_warp] * scales[program, turn, row] / BYTE_SUM * 2.0**133
+            torch.testing.assert_close(ours.float(), expected[piece : piece + count, row % of_warp], rtol=1e-6, atol=1e-9)
 
 
 def test_rows_are_rounded_as_an_evaluation_rounds_them() -> None:
@@ -202,12 +200,10 @@ def test_the_launch_is_the_rounded_model_on_a_gpu(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [16, 32])
 @pytest.mark.parametrize("size", ["nano", "small", "base"])
-def test_bfloat16_log_probs_at_forced_positions(monkeypatch: pytest.MonkeyPatch, size: str, rows: int) -> None:
+def test_bfloat16_log_probs_at_forced_positions(size: str) -> None:
     """The launch's own tokens, read again by the float32 model with rounded matrices, as one sequence."""
     width, column, head = {"nano": (128, 64, 64), "small": (512, 64, 64), "base": (1536, 128, 128)}[size]
-    monkeypatch.setattr("kernels.generate.fused.choose_packets", lambda *args: choose_packets(*args, rows=rows))
     model = brains.small_brain(
         vocab_size=1031, embedding_dim=width, column_width=column, head_width=head, hippocampus_depth=2, pfc_depth=2
     ).cuda()

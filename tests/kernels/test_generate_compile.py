@@ -11,7 +11,7 @@ from kernels.generate.kernel import generate_kernel
 from kernels.generate.layout import BrainShape
 from kernels.generate.packet_kernel import packet_kernel
 from kernels.generate.stream_kernel import stream_kernel
-from kernels.generate.tiles import PacketTiles, choose_packets, choose_stream, choose_tiles
+from kernels.generate.tiles import PacketTiles, choose_packets, choose_stream, choose_tiles, packet_room
 from kernels.offline import SHARED_LIMITS, compile_kernel
 
 SIZES = {
@@ -35,13 +35,27 @@ def check_launch(name: str, size: str, lanes: int, dtype: str, capability: int, 
         assert "CCTL.E.PF2" in code, "nothing is prefetched"
         if dtype == "bfloat16":
             check_products(code, capability)
-    else:
+    elif name == "stream":
         assert code.count("UTMALDG") == num_tiles_ahead, "the loop over tiles is not pipelined"
         assert "LDGSTS" not in code, "a thread has copies in flight at a fence"
-    if name == "packet":
+    else:
+        tiles = choose_packets(SIZES[size], getattr(torch, dtype), 132)
+        assert "UBLKCP" in code, "weights are not copied in bulk"
         assert code.count("MEMBAR.ALL.GPU") == 1, "one barrier a token, before the draw"
-    if dtype == "uint8":
-        check_bytes(choose_packets(SIZES[size], torch.uint8, 132), code)
+        check_turn(tiles, getattr(torch, dtype), code)
+
+
+def check_turn(tiles: PacketTiles, dtype: torch.dtype, code: str) -> None:
+    """A turn takes each of a thread's weights by one multiply-add and at most one instruction before it, and no warp
+    waits for another."""
+    weights = tiles.GRANULES * 16 // dtype.itemsize * tiles.R // tiles.WARPS
+    blocks = [re.findall(r"\*/\s+(?:@!?U?P\w+ )?(\w[\w.]*) ", block) for block in re.split(r"\.L_x_\d+:|\bBRA ", code)]
+    turn = Counter(max(blocks, key=lambda block: block.count("LDS.128") + block.count("FFMA")))
+    opening = sum(turn[op] for op in ("PRMT", "LOP3.LUT", "SHF.L.U32", "IMAD.U32", "IMAD.SHL.U32"))
+    assert weights <= turn["FFMA"] + turn["FMUL"] <= weights + 16, "FFMA.FTZ would take a byte, a subnormal number, for zero"
+    assert turn["LDS.128"] == tiles.GRANULES * tiles.R // tiles.WARPS
+    assert opening <= (weights if dtype != torch.float32 else 0) + 24
+    assert not [op for op in turn if op.startswith(("I2F", "BAR.SYNC", "MEMBAR"))]
 
 
 def check_products(code: str, capability: int) -> None:
@@ -58,22 +72,12 @@ def check_products(code: str, capability: int) -> None:
         assert sum(block["HGMMA"] for block in blocks) >= 24, "64 rows or lanes are a warpgroup's product"
 
 
-def check_bytes(tiles: PacketTiles, code: str) -> None:
-    """A turn takes each of a thread's bytes by one permutation and one multiply-add."""
-    num_bytes = tiles.U * tiles.R * tiles.channels // (32 * tiles.num_warps)
-    blocks = [Counter(re.findall(r"\*/\s+(\w[\w.]*) ", block)) for block in re.split(r"\.L_x_\d+:|\bBRA ", code)]
-    turn = max(blocks, key=lambda block: block["PRMT"])
-    assert num_bytes <= turn["PRMT"] <= num_bytes + 16
-    assert turn["FFMA"] >= num_bytes, "FFMA.FTZ would take a byte, a subnormal number, for zero"
-    assert not [op for op in turn if op.startswith("I2F")], "conversions take four times as long"
-
-
 def compile_launch(name: str, size: str, lanes: int, dtype_name: str, capability: int) -> tuple[int, int, int, str]:
-    """Bytes of stack and of shared memory, how many copies of tiles the loop has under way, and the machine code."""
+    """Bytes of stack and of shared memory, how many copies of tiles a pipelined loop has under way, and the machine
+    code."""
     kernel, shape, dtype = KERNELS[name], SIZES[size], getattr(torch, dtype_name)
     if name == "packet":
-        tiles = choose_packets(shape, dtype, 132)
-        block = f"1,{tiles.NH},{tiles.R},{tiles.NI},{tiles.KS}"
+        tiles, block = choose_packets(shape, dtype, 132), ""
     elif name == "stream":
         tiles = choose_stream(shape, lanes, dtype, 132)
         block = f"1,{tiles.NB},{tiles.R},{tiles.KS}"
@@ -96,6 +100,7 @@ def compile_launch(name: str, size: str, lanes: int, dtype_name: str, capability
         "p_lengths": "*i32",
         "p_candidate_id": "*i32",
         "p_seen": "*i8",
+        "p_pieces": "*" + tile,
     }
     types["p_counter"] = "*i32"
     if name != "generate":
@@ -104,8 +109,9 @@ def compile_launch(name: str, size: str, lanes: int, dtype_name: str, capability
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "*fp32" if name[:2] == "p_" else "i32") for name in kernel.arg_names}
     used, code = compile_kernel(kernel, signature, constants, capability=capability, num_warps=tiles.num_warps)
-    num_tiles_ahead = 0 if name == "generate" else tiles.STAGES * getattr(tiles, "U", 1)
-    return used.stack_bytes, used.shared_bytes, num_tiles_ahead, code
+    reserved = tiles.ring_bytes + packet_room(shape, tiles.G * tiles.GRANULES) if isinstance(tiles, PacketTiles) else 0
+    num_tiles_ahead = tiles.STAGES if name == "stream" else 0
+    return used.stack_bytes, used.shared_bytes + reserved, num_tiles_ahead, code
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "uint8"])
