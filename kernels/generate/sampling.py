@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kernels.generate.device import load_shares, norm_scale, numbers, prefetch, project, share
-from kernels.sample.device import exponential_draw, filter_threshold, penalized, philox_word
+from kernels.sample.device import exponential_draw, filter_threshold, four_blocks, penalized, philox_word
 
 
 _LOWEST = tl.constexpr(-3.0e38)  # where there is no logit
@@ -239,6 +239,13 @@ def winner(lane, p_candidate, p_candidate_id, num_lanes, BP: tl.constexpr, SINGL
 
 
 @triton.jit
+def better(best, best_id, z, score, ids, threshold):
+    """The best score and its id so far, of what the filters keep; the earlier of two equals."""
+    is_better = (z >= threshold) & (score > best)
+    return tl.where(is_better, score, best), tl.where(is_better, ids, best_id)
+
+
+@triton.jit
 def filtered_winner(
     lane,
     p_logits,
@@ -251,23 +258,25 @@ def filtered_winner(
     TOP_P: tl.constexpr,
     MIN_P: tl.constexpr,
     BV: tl.constexpr,
+    EIGHT: tl.constexpr = True,
 ):
     """The best-scoring id that the filters keep, and its logit."""
     plane = num_lanes * V
     p_row = p_logits + lane * V
-    threshold = filter_threshold(p_row + plane, V, top_k, top_p, log_min_p, TOP_K, TOP_P, MIN_P, BV)
-    best = tl.full([], float("-inf"), tl.float32)
-    token = tl.full([], 0, tl.int32)
-    start = tl.full([], 0, tl.int32)
+    threshold = filter_threshold(p_row + plane, V, top_k, top_p, log_min_p, TOP_K, TOP_P, MIN_P, BV, EIGHT)
+    o_v = tl.arange(0, BV)
+    best = tl.full([BV], float("-inf"), tl.float32)
+    ids = tl.zeros([BV], tl.int32)
+    start = 0
     while start < V:
-        o_v = start + tl.arange(0, BV)
-        z = tl.load(p_row + plane + o_v, mask=o_v < V, other=float("-inf"), cache_modifier=".cg")
-        score = tl.load(p_row + 2 * plane + o_v, mask=o_v < V, other=float("-inf"), cache_modifier=".cg")
-        score = tl.where(z >= threshold, score, float("-inf"))
-        top = tl.max(score, 0)
-        token = tl.where(top > best, start + tl.argmax(score, 0, tie_break_left=True), token)
-        best = tl.maximum(top, best)
-        start += BV
+        z0, z1, z2, z3 = four_blocks(p_row + plane, start, V, BV)
+        s0, s1, s2, s3 = four_blocks(p_row + 2 * plane, start, V, BV)
+        best, ids = better(best, ids, z0, s0, start + o_v, threshold)
+        best, ids = better(best, ids, z1, s1, start + o_v + BV, threshold)
+        best, ids = better(best, ids, z2, s2, start + o_v + 2 * BV, threshold)
+        best, ids = better(best, ids, z3, s3, start + o_v + 3 * BV, threshold)
+        start += 4 * BV
+    token = tl.min(tl.where(best == tl.max(best, 0), ids, V - 1), 0)
     return token, tl.load(p_row + token, cache_modifier=".cg")
 
 

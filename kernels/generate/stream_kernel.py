@@ -207,7 +207,18 @@ def stream_kernel(
                             token, raw, log_sum = winner(lane, p_candidate, p_candidate_id, num_lanes, BP, SINGLE)
                             if FILTER:
                                 token, raw = filtered_winner(
-                                    lane, p_logits, num_lanes, top_k, top_p, log_min_p, V, TOP_K, TOP_P, MIN_P, BV
+                                    lane,
+                                    p_logits,
+                                    num_lanes,
+                                    top_k,
+                                    top_p,
+                                    log_min_p,
+                                    V,
+                                    TOP_K,
+                                    TOP_P,
+                                    MIN_P,
+                                    BV,
+                                    False,
                                 )
                             token = record(
                                 lane, token, raw - log_sum, step, tl.load(p_lengths + lane, cache_modifier=".cg"), p_ids,

@@ -81,3 +81,61 @@ def test_thresholds_keep_what_the_definition_keeps(settings: dict[str, float]) -
     )  # fmt: skip
     kept = processed_logits(logits[None], sampling)[0].isfinite()
     assert torch.equal(logits >= out.cpu(), kept)
+
+
+def kept_by_sorting(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """What the filters keep, by sorting in float64."""
+    z, largest = logits.double(), logits.double().max()
+    kept = z > float("-inf")
+    if sampling.top_k:
+        kept &= z >= z.sort(descending=True).values[min(sampling.top_k, len(z)) - 1]
+    if sampling.top_p < 1:
+        values, counts = z[kept].unique(return_counts=True)  # in rising order
+        weight = (values - largest).exp() * counts
+        above = weight.sum() - weight.cumsum(0)
+        kept &= z >= values[above < sampling.top_p * weight.sum()][0]
+    if sampling.min_p:
+        kept &= z >= largest + torch.tensor(sampling.min_p).log()
+    return kept
+
+
+def rows(name: str, num_ids: int) -> torch.Tensor:
+    z = torch.randn(num_ids, generator=torch.Generator().manual_seed(num_ids))
+    if name == "ties":
+        return (z * 2).round() / 2
+    if name == "equal":
+        return torch.full_like(z, -3.5)
+    if name == "none":  # -inf but for a few
+        return torch.where(z > 0.3, z, float("-inf")).index_fill(0, torch.tensor([num_ids // 2]), 2.25)
+    if name == "far":  # thresholds about 0, and a slot whose logits are all likelier than the rest
+        z = z * 1e-20
+        z[::16] += 2
+        return z.index_fill(0, torch.tensor([0]), 40.0 if num_ids < 3 else 2.5)
+    return z * 3
+
+
+@pytest.mark.parametrize("name", ["normal", "ties", "equal", "none", "far"])
+@pytest.mark.parametrize("num_ids", [1, 2, 15, 17, 150])
+def test_any_row_is_filtered_as_by_sorting(num_ids: int, name: str) -> None:
+    logits = rows(name, num_ids)
+    for settings in (
+        {"top_k": 1}, {"top_k": num_ids}, {"top_k": max(num_ids // 3, 1)}, {"top_p": 1e-6}, {"top_p": 0.55},
+        {"top_p": 0.99999}, {"top_k": max(num_ids - 4, 1), "top_p": 0.83, "min_p": 0.01},
+    ):  # fmt: skip
+        check_threshold(logits, Sampling(**settings), 16)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 40}, {"top_p": 0.9}, {"top_k": 5000, "top_p": 0.95}], ids=str)
+def test_a_large_vocabulary_is_filtered_as_by_sorting(settings: dict[str, float]) -> None:
+    check_threshold(rows("normal", 50257) / 3, Sampling(**settings), 2048)  # type: ignore[arg-type]
+
+
+def check_threshold(logits: torch.Tensor, sampling: Sampling, block: int) -> None:
+    out = torch.full((1,), float("nan"), device=DEVICE)
+    log_min_p = float(torch.tensor(sampling.min_p).log()) if sampling.min_p else 0.0
+    threshold_kernel[(1,)](
+        logits.to(DEVICE), out, len(logits), sampling.top_k, sampling.top_p, log_min_p,
+        TOP_K=sampling.top_k > 0, TOP_P=sampling.top_p < 1, MIN_P=sampling.min_p > 0, BLOCK=block,
+    )  # fmt: skip
+    kept = (logits >= out.cpu()) & logits.isfinite()
+    assert torch.equal(kept, kept_by_sorting(logits, sampling)), sampling
