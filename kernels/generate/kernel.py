@@ -267,7 +267,8 @@ def generate_kernel(
                     lane, p_logits, num_lanes, top_k, top_p, log_min_p, V, TOP_K, TOP_P, MIN_P, BV
                 )
             token = record(
-                lane, token, raw - log_sum, step, tl.load(p_lengths + lane, cache_modifier=".cg"), p_ids,
+                lane, token, raw - log_sum, step, tl.load(p_lengths + lane, cache_modifier=".cg"),
+                tl.load(p_ids + lane * num_ids + step + TAPS - 1, cache_modifier=".cg"), p_ids,
                 p_log_probs, p_lengths, p_seen, p_stop, num_ids, num_stop, limit, V, TAPS, PENALTY, BS,
             )  # fmt: skip
             relay_columns(

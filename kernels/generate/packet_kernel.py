@@ -54,7 +54,8 @@ def packet_kernel(
     GREEDY: tl.constexpr, PENALTY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
     R: tl.constexpr, SHARE: tl.constexpr, WARPS: tl.constexpr, G: tl.constexpr, GRANULES: tl.constexpr,
     CH: tl.constexpr, SLOTS: tl.constexpr, CU: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BP: tl.constexpr,
-    BS: tl.constexpr, BRACE: tl.constexpr, P: tl.constexpr, TABLE: tl.constexpr, INT8: tl.constexpr, SINGLE: tl.constexpr,
+    BS: tl.constexpr, BRACE: tl.constexpr, P: tl.constexpr, TABLE: tl.constexpr, INT8: tl.constexpr,
+    SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Read the token at ids[TAPS - 1], draw the next, and so on until `limit` tokens are drawn or the lane ended.
 
@@ -90,6 +91,8 @@ def packet_kernel(
     relay_packets(tl.load(p_ids + TAPS - 1), step, recent, p_embedding, p_taps, p_packets, D, TAPS, EPS, BD)
     block_barrier(SINGLE)
     arrived = tl.full([], 0, tl.int32)
+    # Counters of the draws are taken modulo 2^32, as the definition does.
+    lane_number, position = tl.load(p_lanes).to(tl.int32), (tl.load(p_positions) + 1).to(tl.int32)
 
     thread = tl.arange(0, R * SHARE)
     o_r = thread // SHARE
@@ -172,13 +175,9 @@ def packet_kernel(
             if SINGLE:
                 if kind == OUT:
                     if is_memory:
-                        x = load_normed(
-                            p_layer + D, p_layer + 2 * D, p_go, first, False, D, False, N, EPS, G, GRANULES
-                        )
+                        x = load_normed(p_layer + D, p_layer + 2 * D, p_go, first, False, D, False, N, EPS, G, GRANULES)
                     else:
-                        x = load_normed(
-                            p_layer + D, p_layer + 2 * D, p_go, first, is_gated, D, GO, C, EPS, G, GRANULES
-                        )
+                        x = load_normed(p_layer + D, p_layer + 2 * D, p_go, first, is_gated, D, GO, C, EPS, G, GRANULES)
                 elif kind == MLP_OUT:
                     x = load_channels(p_layer + 4 * D, first, M, G, GRANULES)
                 else:
@@ -215,9 +214,7 @@ def packet_kernel(
                             D, GO, C, PART, EPS, CH, TURN, UNIT,
                         )  # fmt: skip
                 elif kind == MLP_OUT:
-                    ready, _ = gather_channels(
-                        room, p_sums, p_layer + 4 * D, epoch, M, False, PART, CH, TURN, UNIT
-                    )
+                    ready, _ = gather_channels(room, p_sums, p_layer + 4 * D, epoch, M, False, PART, CH, TURN, UNIT)
                 else:
                     ready, square = gather_channels(
                         room, p_sums, p_layer + tl.where(kind == MLP_IN, 3 * D, 0), epoch, D, True, PART, CH, TURN,
@@ -251,9 +248,7 @@ def packet_kernel(
             if (kind == OUT) | (kind == MLP_OUT):
                 p_out = p_layer + tl.where(kind == OUT, 3 * D, per_layer)
                 send_here(p_out + o_n, value_in(before, WIDE) + out, epoch, mask, SINGLE)
-                store_here(
-                    p_state + 2 * D + o_n, value_in(new, WIDE), mask & (kind == OUT) & (not is_memory), SINGLE
-                )
+                store_here(p_state + 2 * D + o_n, value_in(new, WIDE), mask & (kind == OUT) & (not is_memory), SINGLE)
             else:
                 out *= tl.rsqrt(square / D + EPS)
                 if kind == MEMORY_IN:
@@ -292,7 +287,7 @@ def packet_kernel(
                 p_best, p_best_id = p_candidate + (step & 1) * (4 * P), p_candidate_id + (step & 1) * P
                 block_barrier(SINGLE)
                 own = race_lane(
-                    p_seen, p_lanes, p_positions, p_best, p_best_id, p_logits, step, seed_low, seed_high,
+                    lane_number, position + step, p_seen, p_best, p_best_id, p_logits, seed_low, seed_high,
                     temperature, penalty, V, GREEDY, PENALTY, FILTER, BRACE, R, SINGLE,
                 )  # fmt: skip
                 # What does not wait for the other programs: the own candidate's embedding comes to L2, as it may win.
@@ -300,6 +295,7 @@ def packet_kernel(
                 prefetch(p_embedding + own * D + tl.minimum(tl.arange(0, LINES) * 32, D - 1), SINGLE)
                 recent = recent_ids(p_ids + step + TAPS, TAPS)
                 length = tl.load(p_lengths, cache_modifier=".cg")
+                previous = tl.load(p_ids + step + TAPS - 1, cache_modifier=".cg")
                 arrive(p_counter, SINGLE)
                 arrived += P
                 wait(p_counter, arrived, SINGLE)
@@ -311,8 +307,8 @@ def packet_kernel(
                             0, p_logits, 1, top_k, top_p, log_min_p, V, TOP_K, TOP_P, MIN_P, BV
                         )
                     token = record(
-                        0, token, raw - log_sum, step, length, p_ids, p_log_probs, p_lengths, p_seen, p_stop, num_ids,
-                        num_stop, limit, V, TAPS, PENALTY, BS,
+                        0, token, raw - log_sum, step, length, previous, p_ids, p_log_probs, p_lengths, p_seen, p_stop,
+                        num_ids, num_stop, limit, V, TAPS, PENALTY, BS,
                     )  # fmt: skip
                     relay_packets(token, step + 1, recent, p_embedding, p_taps, p_packets, D, TAPS, EPS, BD)
                 if FILTER:
@@ -330,7 +326,7 @@ def packet_kernel(
                     unit += P
             # What a thread stored may be read by another of this program.
             block_barrier(SINGLE)
-            if (kind == DECODE) & (num_stop > 0):
+            if (kind == DECODE) & (num_stop > 0):  # noqa: SIM102, `&` would load it at the end of each phase
                 if all_ended(p_lengths, 1, step - 1, 1):
                     last = turn + 1
         turn += 1

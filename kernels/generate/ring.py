@@ -105,8 +105,8 @@ def word_at(p_table, words, index, SINGLE: tl.constexpr):
 
 @triton.jit
 def ask(thread, data, barrier, p_pieces, fetch, wanted, PIECE: tl.constexpr):
-    """Have a warp's pieces of a turn brought to the slot at `data`, whose reading its threads have behind them; `wanted`
-    is false behind the last turn. `fetch` is a word of `turn_table`, PIECE a piece's elements."""
+    """Have a warp's pieces of a turn brought to the slot at `data`, which its threads have read; `wanted` is false past
+    the last turn. `fetch` is a word of `turn_table`, PIECE a piece's elements."""
     count = (fetch >> 48).to(tl.int32)
     first = (fetch & 0xFFFFFFFF) + (thread >> 5) * ((fetch >> 32) & 0xFFFF)
     # Weights are read once a token, and what else is in L2 should stay there: the policy is evict_first.

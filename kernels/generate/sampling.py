@@ -163,13 +163,12 @@ def better_candidate(score, ids, raw, largest, total, score_b, ids_b, raw_b, lar
 
 @triton.jit
 def race_lane(
-    p_seen, p_lanes, p_positions, p_candidate, p_candidate_id, p_logits, step, seed_low, seed_high, temperature, penalty,
+    lane_number, position, p_seen, p_candidate, p_candidate_id, p_logits, seed_low, seed_high, temperature, penalty,
     V: tl.constexpr, GREEDY: tl.constexpr, PENALTY: tl.constexpr, FILTER: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """As `race_logits`, for a single lane and ids dealt out in blocks of UNIT as `turn_table` does: all that is found out
+    """As `race_logits`, for a single lane and ids dealt out in blocks of UNIT as `turn_table` does: what is found out
     takes one exchange between warps. Returns the best id, or any where the program has none."""
-    lane_number, position = tl.load(p_lanes).to(tl.int32), (tl.load(p_positions) + step + 1).to(tl.int32)
     place, programs = tl.program_id(0), tl.num_programs(0)
     each = tl.cdiv(tl.cdiv(V, UNIT), programs) * UNIT
     none, lowest = tl.zeros([BV], tl.int32), tl.full([BV], _LOWEST, tl.float32)
@@ -282,14 +281,14 @@ def filtered_winner(
 
 @triton.jit
 def record(
-    lane, token, log_prob, step, length, p_ids, p_log_probs, p_lengths, p_seen, p_stop, num_ids, num_stop, limit,
-    V: tl.constexpr, TAPS: tl.constexpr, PENALTY: tl.constexpr, BS: tl.constexpr,
+    lane, token, log_prob, step, length, previous, p_ids, p_log_probs, p_lengths, p_seen, p_stop, num_ids, num_stop,
+    limit, V: tl.constexpr, TAPS: tl.constexpr, PENALTY: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """Write a lane's token behind the ids it has read, `[B, num_ids]`, and return it; a lane that has ended, as its
-    length in p_lengths says, repeats its last. Every store gives the same value however often it is made, as several programs may record the same token."""
+    length in p_lengths says, repeats `previous`, its last. Every store gives the same value however often it is made,
+    as several programs may record the same token."""
     p_token = p_ids + lane * num_ids + step + TAPS
     active = (length == 0) | (length > step)
-    previous = tl.load(p_token - 1, cache_modifier=".cg")
     token = tl.where(active, token.to(tl.int64), previous)
     tl.store(p_token, token)
     tl.store(p_log_probs + lane * limit + step, tl.where(active, log_prob, 0.0))

@@ -33,9 +33,7 @@ _NO_TILE = 2**24
 
 
 @functools.lru_cache(maxsize=16)
-def stream_table(
-    shape: BrainShape, num_programs: int, rows: int, channels: int, device: torch.device
-) -> Tensor:
+def stream_table(shape: BrainShape, num_programs: int, rows: int, channels: int, device: torch.device) -> Tensor:
     """`[P, T, 2]` int64 on the device, T tiles a token: the tile's number in the order of `tile_weights`, past the last
     where there is nothing to read (zeros then come without reading), and what it is, for using (see the kernel)."""
     program = torch.arange(num_programs)

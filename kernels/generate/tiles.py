@@ -71,6 +71,7 @@ class Tiles:
 _INTERPRETED_TILE = 512
 _PREFETCH_LINES = 512  # 64 KB a program, about two microseconds of a card's memory rate
 _WARPGROUP_ROWS = 64  # of a product that a warpgroup makes
+_MANY_LANES = 32  # from here on a sum over warps costs more than sharing a product saves
 
 
 def _block(rows: int, pair: bool, lanes: int, width: int, group: int, itemsize: int, ring_bytes: int) -> Block:
@@ -79,7 +80,7 @@ def _block(rows: int, pair: bool, lanes: int, width: int, group: int, itemsize: 
     padded = triton.next_power_of_2(width)
     if itemsize == 4:
         slices, channels, most = 1, min(64, group, padded), 2
-    elif all_rows < _WARPGROUP_ROWS and lanes < _WARPGROUP_ROWS:
+    elif all_rows < _WARPGROUP_ROWS and lanes < _MANY_LANES:
         slices, channels, most = 8, min(64, group, max(16, padded // 8)), 4
     else:
         slices, channels, most = 1, min(128, group, padded), 6
@@ -118,7 +119,7 @@ def choose_tiles(
         return _block(rows, pair, lanes, width, group if out else 256, dtype.itemsize, shared_bytes * 6 // 7)
 
     most = _INTERPRETED_TILE if interpreted else 64
-    unit = min(shape.head_width, 128 if padded_lanes == 64 else 64)
+    unit = min(shape.head_width, 64)
     while unit > 16 and num_lanes * shape.width < num_programs * unit:
         unit //= 2
     return Tiles(
@@ -128,7 +129,7 @@ def choose_tiles(
         OUT=block(shape.width, min(32, most), width=max(shape.width, shape.mlp_width), out=True),
         MEMORY=block(4 * shape.width, most),
         MLP=block(shape.mlp_width, most // 2, pair=True),
-        DECODE=block(shape.vocab_size, 2 * most),
+        DECODE=block(shape.vocab_size, most),
         CU=unit,
         BD=triton.next_power_of_2(shape.width),
         BV=min(512, triton.next_power_of_2(shape.vocab_size)),

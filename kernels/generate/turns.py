@@ -1,9 +1,9 @@
 """The order in which the launch for one lane reads its weights, warp by warp.
 
-A turn is R rows of one matrix times the channels of NG granules: what a warp multiplies between asking for weights and
+A turn is R rows of one matrix times the channels of some granules: what warps multiply between asking for weights and
 asking for the next. Granules are G channels, which a warp reads from shared memory in one go, 16 bytes a thread. Of a
-turn, each warp has rows of its own, and what it needs of them lies in one piece of memory: for each block of R rows, for
-each warp, for each granule, R / W rows of G channels.
+turn each of W warps has rows of its own, and what it needs of them lies together in memory: for each block of R rows,
+for each warp, for each granule, R / W rows of G channels, a piece.
 
 The order is written down once for each program, as two words a turn, as in `kernels.generate.stream`.
 """
@@ -71,9 +71,7 @@ def count_turns(shape: BrainShape, num_programs: int, rows: int, channels: int, 
     return total
 
 
-def in_pieces(
-    shape: BrainShape, matrices: Tensor, decoder: Tensor, rows: int, num_warps: int, channels: int
-) -> Tensor:
+def in_pieces(shape: BrainShape, matrices: Tensor, decoder: Tensor, rows: int, num_warps: int, channels: int) -> Tensor:
     """All matrices cut into the pieces of `turn_table`, `[pieces, R / W, G]`, filled up with zeros."""
     pieces = []
     for kind, _, offset, num_rows, width_in, halves in matrices_in_order(shape):

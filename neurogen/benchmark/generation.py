@@ -71,6 +71,8 @@ def workloads(*, small: bool) -> Iterator[Workload]:
         for context in (128, 1024, 8192, 65536):
             for lanes in (1, 4, 16, 64):
                 yield Workload(name, brain, gpt, vocab_size, context, lanes, 128, torch.bfloat16)
+        # Of 128 tokens, what a call costs besides them is a tenth.
+        yield Workload(f"{name} long", brain, gpt, vocab_size, 128, 1, 1024, torch.bfloat16)
 
 
 def cases(*, small: bool) -> Iterator[Case]:
@@ -206,18 +208,35 @@ def past(work: Workload, device: torch.device) -> BrainState:
 
 
 def brain_ways(work: Workload) -> Iterator[Way]:
-    """Ours: one launch, for one lane with int8 weights too, then token by token as torch runs it, compiled, and
-    recorded."""
+    """Ours: one launch, then token by token as torch runs it, compiled, and recorded; for one lane also one launch with
+    int8 weights, with filters, and a launch for each 16 tokens, as a reply is streamed."""
     element_size = torch.empty(0, dtype=work.dtype).element_size()
     shape = brain_shape(work.brain, work.vocab_size)
     num_bytes = shape.bytes_per_token(element_size=element_size, lanes=work.lanes)
 
-    def generated(mode: str, weights: str | None, device: torch.device) -> Callable[[], Reply]:
+    def generated(
+        mode: str, weights: str | None, device: torch.device, top_k: int = 0, top_p: float = 1.0
+    ) -> Callable[[], Reply]:
         model, state, ids = make_brain(work, device, mode), past(work, device), first_ids(work)[:, None]
 
         def run() -> Reply:
-            reply = model.generate(ids, max_new_tokens=work.num_tokens, seed=SEED, state=state, weights=weights)
+            reply = model.generate(
+                ids, max_new_tokens=work.num_tokens, seed=SEED, state=state, weights=weights, top_k=top_k, top_p=top_p
+            )
             return reply.tokens, reply.log_probs
+
+        return run
+
+    def streamed(chunk_tokens: int, device: torch.device) -> Callable[[], Reply]:
+        model, state, ids = make_brain(work, device, "fused"), past(work, device), first_ids(work)[:, None]
+
+        def run() -> Reply:
+            pieces = list(
+                model.generate_stream(
+                    ids, max_new_tokens=work.num_tokens, chunk_tokens=chunk_tokens, seed=SEED, state=state
+                )
+            )
+            return torch.cat([piece.tokens for piece in pieces], 1), torch.cat([p.log_probs for p in pieces], 1)
 
         return run
 
@@ -238,6 +257,12 @@ def brain_ways(work: Workload) -> Iterator[Way]:
         make = functools.partial(generated, "fused", "int8")
         rounded_bytes = shape.bytes_per_token(element_size=1)
         yield Way("neurogen fused, one launch, int8 weights", work, make, rounded_bytes, check=True, weights="int8")
+        for name, make in (
+            ("one launch, top_k=40", functools.partial(generated, "fused", None, top_k=40)),
+            ("one launch, top_p=0.9", functools.partial(generated, "fused", None, top_p=0.9)),
+            ("a launch for each 16 tokens", functools.partial(streamed, 16)),
+        ):
+            yield Way(f"neurogen fused, {name}", work, make, num_bytes, check=True)
 
 
 def gpt_ways(work: Workload) -> Iterator[Way]:

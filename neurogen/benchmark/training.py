@@ -49,7 +49,9 @@ def workloads(*, small: bool) -> Iterator[Workload]:
     yield Workload("base, one sequence", base, gpt_base, 50257, 1, 500)
     yield Workload("small", small_brain, gpt_small, 257, 64, 512)
     # What parts of the brain that do not lower the loss (docs/LOG.md) cost in time.
-    yield Workload("small, no lateral weights", replace(small_brain, lateral=False), gpt_small, 257, 64, 512, alone=True)
+    yield Workload(
+        "small, no lateral weights", replace(small_brain, lateral=False), gpt_small, 257, 64, 512, alone=True
+    )
     yield Workload("small, no Go gate", replace(small_brain, go_gate=False), gpt_small, 257, 64, 512, alone=True)
 
 

@@ -102,7 +102,8 @@ def test_bytes_a_step_are_those_of_the_models() -> None:
 def test_the_full_grid_and_models_of_equal_size() -> None:
     works = list(suite.workloads(small=False))
     grid = {(work.name, work.context, work.lanes) for work in works}
-    assert grid == {(n, c, b) for n in ("base", "small") for c in (128, 1024, 8192, 65536) for b in (1, 4, 16, 64)}
+    full = {(n, c, b) for n in ("base", "small") for c in (128, 1024, 8192, 65536) for b in (1, 4, 16, 64)}
+    assert grid == full | {("base long", 128, 1), ("small long", 128, 1)}
     assert len(works) == len(grid)
     with torch.device("meta"):
         for work in (works[0], works[-1]):

@@ -6,7 +6,6 @@ import dataclasses
 import brains
 import pytest
 import torch
-from torch import Tensor
 
 from kernels.generate.fused import _turn_scales
 from kernels.generate.layout import BrainShape
@@ -109,7 +108,9 @@ def test_bytes_and_scales_of_every_turn_give_the_rounded_rows_back(num_programs:
         for row in range(left if count else 0):
             piece = first + row // of_warp * stride
             ours = floats[piece : piece + count, row % of_warp] * scales[program, turn, row] / BYTE_SUM * 2.0**133
-            torch.testing.assert_close(ours.float(), expected[piece : piece + count, row % of_warp], rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(
+                ours.float(), expected[piece : piece + count, row % of_warp], rtol=1e-6, atol=1e-9
+            )
 
 
 def test_rows_are_rounded_as_an_evaluation_rounds_them() -> None:

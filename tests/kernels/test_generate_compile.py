@@ -52,7 +52,9 @@ def check_turn(tiles: PacketTiles, dtype: torch.dtype, code: str) -> None:
     blocks = [re.findall(r"\*/\s+(?:@!?U?P\w+ )?(\w[\w.]*) ", block) for block in re.split(r"\.L_x_\d+:|\bBRA ", code)]
     turn = Counter(max(blocks, key=lambda block: block.count("LDS.128") + block.count("FFMA")))
     opening = sum(turn[op] for op in ("PRMT", "LOP3.LUT", "SHF.L.U32", "IMAD.U32", "IMAD.SHL.U32"))
-    assert weights <= turn["FFMA"] + turn["FMUL"] <= weights + 16, "FFMA.FTZ would take a byte, a subnormal number, for zero"
+    assert weights <= turn["FFMA"] + turn["FMUL"] <= weights + 16, (
+        "FFMA.FTZ would take a byte, a subnormal number, for zero"
+    )
     assert turn["LDS.128"] == tiles.GRANULES * tiles.R // tiles.WARPS
     assert opening <= (weights if dtype != torch.float32 else 0) + 24
     assert not [op for op in turn if op.startswith(("I2F", "BAR.SYNC", "MEMBAR"))]
