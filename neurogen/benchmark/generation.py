@@ -236,7 +236,8 @@ def brain_ways(work: Workload) -> Iterator[Way]:
                     ids, max_new_tokens=work.num_tokens, chunk_tokens=chunk_tokens, seed=SEED, state=state
                 )
             )
-            return torch.cat([piece.tokens for piece in pieces], 1), torch.cat([p.log_probs for p in pieces], 1)
+            tokens, log_probs = (torch.cat(parts, 1) for parts in zip(*((p.tokens, p.log_probs) for p in pieces)))
+            return tokens.to(device), log_probs.to(device)  # pieces are the host's
 
         return run
 
