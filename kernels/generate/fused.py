@@ -97,6 +97,9 @@ def generate_fused(
     else:
         if isinstance(tiles, PacketTiles):
             table = turn_table(shape, num_programs, tiles.R, tiles.WARPS, tiles.G, tiles.GRANULES, device)
+            most = (2**31 - 1) // table.shape[1]  # turns are counted in 32 bits
+            if max_new_tokens > most:
+                raise ValueError(f"generate: max_new_tokens is {max_new_tokens}; one launch draws at most {most}")
             weights = [brain.embedding, _in_pieces(brain, tiles), brain.vectors, _turn_scales(brain, table, tiles.R)]
             scratch = _packet_scratch(shape, num_programs, filtered, device, torch.int32 if is_int8 else torch.int64)
         else:

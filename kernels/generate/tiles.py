@@ -273,15 +273,17 @@ def packet_room(shape: BrainShape, turn: int) -> int:
     return room_bytes(shape.width, shape.mlp_width, turn, part)
 
 
-@functools.lru_cache(maxsize=64)
-def choose_packets(
-    shape: BrainShape, dtype: torch.dtype, num_programs: int, *, most_slots: int = _MOST_SLOTS
-) -> PacketTiles:
+def choose_packets(shape: BrainShape, dtype: torch.dtype, num_programs: int) -> PacketTiles:
     """Tiles for one lane: if it goes, a turn takes all channels of width D, in the fewest and least padded granules."""
+    return _choose_packets(shape, dtype, num_programs, _INTERPRETED_TILE)
+
+
+@functools.lru_cache(maxsize=64)
+def _choose_packets(shape: BrainShape, dtype: torch.dtype, num_programs: int, interpreted_tile: int) -> PacketTiles:
     group = max(shape.column_width, shape.head_width)
     if num_programs == 1:
-        rows, num_warps, share, slots = _INTERPRETED_TILE, 1, 1, 1
-        sizes = [_INTERPRETED_TILE >> i for i in range(10) if _INTERPRETED_TILE >> i >= max(group, 16)]
+        rows, num_warps, share, slots = interpreted_tile, 1, 1, 1
+        sizes = [interpreted_tile >> i for i in range(10) if interpreted_tile >> i >= max(group, 16)]
         channels = min(sizes or [group], key=lambda size: (triton.cdiv(shape.width, size) * size, -size))
         granules, unit, gathered, table = min(triton.cdiv(shape.width, channels), 4), shape.head_width, channels, 0
     else:
@@ -297,7 +299,7 @@ def choose_packets(
         num_turns = count_turns(shape, num_programs, rows, channels, granules)
         table = triton.cdiv(num_turns * 16, _TABLE_STEP) * _TABLE_STEP
         left = _SHARED_BYTES - packet_room(shape, turn) - table
-        slots = max(2, min(most_slots, left // ring_bytes(granules, 1, num_warps)))
+        slots = max(2, min(_MOST_SLOTS, left // ring_bytes(granules, 1, num_warps)))
         unit = 16
         while unit > 4 and shape.width < 96 * unit:
             unit //= 2

@@ -19,6 +19,7 @@ from neurogen import NeuroGen
 from neurogen.baselines import GPT, GPTConfig
 from neurogen.errors import UserError
 from neurogen.generation import Request
+from neurogen.generation.fit import fits_launch
 from neurogen.generation.launch import generate_in_one_launch, launch_or_loop
 from neurogen.generation.loop import PolledReader, token_loop
 from neurogen.generation.packing import pack_brain, packed_brain
@@ -192,6 +193,18 @@ def test_a_brain_too_wide_for_one_lane_is_named() -> None:
         check_quantized(shape, 1)
     with pytest.raises(ValueError, match="2 lanes; int8 weights are for one"):
         check_quantized(dataclasses.replace(shape, mlp_width=4096), 2)
+
+
+def test_an_older_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = brains.small_brain(mode="fused")
+    monkeypatch.setattr(NeuroGen, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    words = (
+        "weights=int8: needs one launch: a GPU of compute capability 9.0 or more, and this one has 8.9; leave it out"
+    )
+    with pytest.raises(UserError, match=words):
+        model.generate([[3]], max_new_tokens=1, weights="int8")
+    assert fits_launch(model) is None
 
 
 @pytest.mark.gpu
