@@ -7,24 +7,18 @@ import torch
 import triton
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 import kernels.launch  # noqa: F401  first: it chooses the interpreter
 from kernels.generate.kernel import generate_kernel
 from kernels.generate.layout import BrainShape, GenerateOutput, PackedBrain, PackedState
 from kernels.generate.limits import check_quantized, check_shape
 from kernels.generate.packet_kernel import packet_kernel
-from kernels.generate.stream import stream_table, tile_weights
-from kernels.generate.stream_kernel import stream_kernel
 from kernels.generate.tiles import (
     MAX_PACKET_LANES,
     MAX_ROOM_BYTES,
-    MAX_STREAM_LANES,
     PacketTiles,
-    StreamTiles,
     Tiles,
     choose_packets,
-    choose_stream,
     choose_tiles,
     packet_room,
 )
@@ -53,26 +47,21 @@ def generate_fused(
     shape, num_lanes, device = brain.shape, token_ids.shape[0], token_ids.device
     check_shape(shape, num_lanes)
     num_programs = 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
-    # The kernels for few lanes have copies that came with Hopper, and 200 KB of shared memory in flight.
+    # The kernel for one lane has copies that came with Hopper, and 200 KB of shared memory in flight.
     is_hopper = INTERPRETED or torch.cuda.get_device_capability(device) >= (9, 0)
-    is_stream = num_lanes <= MAX_STREAM_LANES and is_hopper
     is_int8 = brain.scales is not None
     if is_int8:
         check_quantized(shape, num_lanes)
     dtype = brain.matrices.dtype
-    tiles: PacketTiles | StreamTiles | Tiles
     packets = packet_tiles or choose_packets(shape, dtype, num_programs)
     # Activations of a brain with more than some 10,000 channels do not fit beside its tiles.
-    fits = num_programs == 1 or packet_room(shape, packets.GRANULES * packets.G) <= MAX_ROOM_BYTES
+    fits = packet_room(shape, packets.GRANULES * packets.G) <= MAX_ROOM_BYTES
     is_packets = num_lanes <= MAX_PACKET_LANES and fits and is_hopper
     if is_int8 and not is_hopper:
         raise ValueError("generate: int8 weights need a GPU of compute capability 9.0 or more")
     assert is_packets or not is_int8, "these tiles leave no room for the activations"
-    if is_packets:
-        tiles = packets
-    elif is_stream:
-        tiles = choose_stream(shape, num_lanes, dtype, num_programs)
-    else:
+    tiles: PacketTiles | Tiles = packets
+    if not is_packets:
         tiles = choose_tiles(shape, num_lanes, dtype, num_programs, shared_bytes=_shared_bytes(device))
     greedy = sampling.temperature == 0
     filters = {
@@ -91,25 +80,19 @@ def generate_fused(
     lengths = torch.zeros(num_lanes, dtype=torch.int32, device=device)
     seen_bytes = seen.to(torch.int8) if penalty and seen is not None else lengths
     filtered = any(filters.values()) and not greedy
-    if isinstance(tiles, Tiles):
+    if isinstance(tiles, PacketTiles):
+        table = turn_table(shape, num_programs, tiles.R, tiles.WARPS, tiles.G, tiles.GRANULES, device)
+        most = (2**31 - 1) // table.shape[1]  # turns are counted in 32 bits
+        if max_new_tokens > most:
+            raise ValueError(f"generate: max_new_tokens is {max_new_tokens}; one launch draws at most {most}")
+        weights = [brain.embedding, _in_pieces(brain, tiles), brain.vectors, _turn_scales(brain, table, tiles.R)]
+        scratch = _packet_scratch(shape, num_programs, filtered, device, torch.int32 if is_int8 else torch.int64)
+    else:
         weights = [brain.embedding, brain.decoder, brain.matrices, brain.vectors]
         scratch = _scratch(shape, tiles, num_lanes, num_programs, filtered, brain.matrices)
-    else:
-        if isinstance(tiles, PacketTiles):
-            table = turn_table(shape, num_programs, tiles.R, tiles.WARPS, tiles.G, tiles.GRANULES, device)
-            most = (2**31 - 1) // table.shape[1]  # turns are counted in 32 bits
-            if max_new_tokens > most:
-                raise ValueError(f"generate: max_new_tokens is {max_new_tokens}; one launch draws at most {most}")
-            weights = [brain.embedding, _in_pieces(brain, tiles), brain.vectors, _turn_scales(brain, table, tiles.R)]
-            scratch = _packet_scratch(shape, num_programs, filtered, device, torch.int32 if is_int8 else torch.int64)
-        else:
-            tiled = _tiled(brain, tiles.R, tiles.NB, tiles.KS)
-            weights = [brain.embedding, TensorDescriptor.from_tensor(tiled, [1, *tiled.shape[1:]]), brain.vectors]
-            table = stream_table(shape, num_programs, tiles.R, tiles.NB * tiles.KS, device)
-            scratch = _stream_scratch(shape, tiles, num_lanes, num_programs, filtered, brain.matrices)
     low, high = (_signed(seed & 0xFFFFFFFF), _signed((seed >> 32) & 0xFFFFFFFF))
 
-    kernel = packet_kernel if is_packets else stream_kernel if is_stream else generate_kernel
+    kernel = packet_kernel if is_packets else generate_kernel
     arguments = [
         *weights,
         ids,
@@ -123,8 +106,7 @@ def generate_fused(
         fast_weight,
         *scratch,
         torch.zeros(1, dtype=torch.int32, device=device),
-        *([table] if is_stream else []),
-        *([] if is_packets else [num_lanes]),
+        *([table] if is_packets else [num_lanes]),
         shape.num_wernicke,
         shape.num_memory,
         shape.num_broca,
@@ -138,7 +120,7 @@ def generate_fused(
         sampling.top_p,
         math.log(sampling.min_p) if sampling.min_p > 0 else 0.0,
         sampling.top_k,
-        *([table.shape[1], 0] if is_stream else []),
+        *([table.shape[1], 0] if is_packets else []),
     ]
     constants: dict[str, Any] = dict(
         D=shape.width,
@@ -176,21 +158,14 @@ def generate_fused(
     return GenerateOutput(ids[:, shape.num_taps :].gather(1, column), log_probs, reads, new_state)
 
 
-# A brain's tiles, and its scales in the order of turns, for as long as its packed weights live.
-_tiles: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _tiled(brain: PackedBrain, *size: int) -> Tensor:
-    """The brain's weights in tiles, which are made once."""
-    of_brain = _tiles.setdefault(brain.matrices, {})
-    if size not in of_brain:
-        of_brain[size] = tile_weights(brain.shape, brain.matrices, brain.decoder, *size)
-    return of_brain[size]
+# A brain's pieces, and its scales in the order of turns, for as long as its packed weights live.
+_pieces: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _in_pieces(brain: PackedBrain, tiles: PacketTiles) -> Tensor:
-    """The same in pieces of rows, for one lane; int8 weights as the bytes that the launch multiplies."""
-    of_brain = _tiles.setdefault(brain.matrices, {})
+    """The brain's weights in pieces of rows, which are made once; int8 weights as the bytes that the launch
+    multiplies."""
+    of_brain = _pieces.setdefault(brain.matrices, {})
     key = ("pieces", tiles.R, tiles.WARPS, tiles.G)
     if key not in of_brain:
         pieces = in_pieces(brain.shape, brain.matrices, brain.decoder, tiles.R, tiles.WARPS, tiles.G)
@@ -202,7 +177,7 @@ def _turn_scales(brain: PackedBrain, table: Tensor, rows: int) -> Tensor:
     """What each turn's sums are multiplied by, made once too; something of float32 where they are left as they are."""
     if brain.scales is None:
         return brain.vectors
-    of_brain = _tiles.setdefault(brain.matrices, {})
+    of_brain = _pieces.setdefault(brain.matrices, {})
     key = ("scales", *table.shape, rows)
     if key not in of_brain:
         of_brain[key] = turn_scales(brain.shape, table, brain.scales * BYTE_SUM, rows)
@@ -238,26 +213,6 @@ def _scratch(
         like.new_empty(num_programs * num_lanes * 4, dtype=torch.float32),
         like.new_empty(num_programs * num_lanes, dtype=torch.int32),
         like.new_empty(3 * num_lanes * shape.vocab_size if filtered else 1, dtype=torch.float32),
-    ]
-
-
-def _stream_scratch(
-    shape: BrainShape, tiles: StreamTiles, num_lanes: int, num_programs: int, filtered: bool, like: Tensor
-) -> list[Tensor]:
-    """The same for the kernel of few lanes."""
-    lanes, columns = num_lanes, num_lanes * (2 if tiles.SPLIT else 1)
-    return [
-        like.new_empty(lanes * shape.width, dtype=torch.float32),
-        like.new_empty(columns * shape.width),
-        like.new_empty(columns * shape.width),
-        like.new_empty(columns * shape.mlp_width),
-        like.new_empty(lanes * shape.width * 4, dtype=torch.float32),
-        like.new_empty(lanes * shape.width, dtype=torch.float32),
-        like.new_empty(num_programs * tiles.LN, dtype=torch.float32),
-        like.new_empty(lanes * shape.num_columns, dtype=torch.float32),
-        like.new_empty(num_programs * lanes * 4, dtype=torch.float32),
-        like.new_empty(num_programs * lanes, dtype=torch.int32),
-        like.new_empty((3 if filtered else 1) * lanes * shape.vocab_size, dtype=torch.float32),
     ]
 
 

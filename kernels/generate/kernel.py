@@ -1,4 +1,4 @@
-"""The launch for many lanes: N tokens of B lanes, from relay to draw, without coming back to the host.
+"""The launch for several lanes: N tokens of B lanes, from relay to draw, without coming back to the host.
 
 Layers are reached by arithmetic: three loops (cortex, memory, gated cortex) over blocks of equal size, in the order of
 `layout.PackedBrain`, so one compiled kernel serves any depths. A phase begins by waiting for all programs and ends by
@@ -9,11 +9,13 @@ import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 import triton
 import triton.language as tl
 
+from kernels.generate.barriers import arrive, wait
 from kernels.generate.device import prefetch_rows, share, this_program
 from kernels.generate.phases import (
     add_rows,
     cortex_in,
-    go_gates_together,
+    fetch_memory,
+    go_gates,
     lateral_input,
     memory_in,
     memory_inputs,
@@ -21,7 +23,6 @@ from kernels.generate.phases import (
     swiglu_in,
 )
 from kernels.generate.sampling import all_ended, filtered_winner, race, record, relay_columns, winner
-from kernels.generate.stream_phases import arrive, fetch_memory, wait
 
 
 @triton.jit
@@ -93,7 +94,7 @@ def cortex_layer(
     )  # fmt: skip
     if GO:  # noqa: SIM102, one is decided when compiled
         if make_go:
-            go_gates_together(program, p_x, p_go, p_go_vector, num_lanes, D, D // C, EPS, BD)
+            go_gates(program, p_x, p_go, p_go_vector, num_lanes, D, D // C, EPS, BD)
     p_out = p_matrix + 2 * D * D
     arrived = leave(p_counter, arrived, p_out, D, 0, 1, D, GROUPS, LINES, SINGLE)
     program = enter(p_counter, arrived, SINGLE)
@@ -200,7 +201,6 @@ def generate_kernel(
         first = tl.load(p_ids + lane * num_ids + TAPS - 1)
         relay_columns(
             lane, first, 0, p_ids, num_ids, p_embedding, p_taps, p_x, p_x_columns, p_square, D, TAPS, EPS, BD, BP, BL,
-            False,
         )  # fmt: skip
         lane += tl.num_programs(0)
     arrived = tl.full([], 0, tl.int32)
@@ -273,7 +273,7 @@ def generate_kernel(
             )  # fmt: skip
             relay_columns(
                 lane, token, step + 1, p_ids, num_ids, p_embedding, p_taps + unknown_zero, p_x, p_x_columns, p_square,
-                D, TAPS, EPS, BD, BP, BL, False,
+                D, TAPS, EPS, BD, BP, BL,
             )  # fmt: skip
             lane += tl.num_programs(0)
         arrived = leave(p_counter, arrived, p_first, first_rows, first_pair, first_unit, D, 1, 0, SINGLE)

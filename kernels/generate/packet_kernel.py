@@ -22,7 +22,9 @@ from kernels.generate.activations import (
     shared_room,
     still_put,
 )
+from kernels.generate.barriers import arrive, block_barrier, wait
 from kernels.generate.device import silu
+from kernels.generate.matrix_order import CORTEX_IN, DECODE, MEMORY_IN, MLP_IN, MLP_OUT, OUT
 from kernels.generate.packet_phases import (
     ask_for_neurons,
     ask_for_unit,
@@ -35,8 +37,6 @@ from kernels.generate.packet_phases import (
 from kernels.generate.packets import append, prefetch, send_here, store_here, value_in
 from kernels.generate.ring import ask, products, start_ring, wait_for_slot, word_at, words_of
 from kernels.generate.sampling import all_ended, filtered_winner, race_lane, recent_ids, record, winner
-from kernels.generate.stream import CORTEX_IN, DECODE, MEMORY_IN, MLP_IN, MLP_OUT, OUT
-from kernels.generate.stream_phases import arrive, block_barrier, wait
 from kernels.generate.weight_bytes import activation_unit, excess_of, weight_of
 
 

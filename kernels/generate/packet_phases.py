@@ -108,7 +108,8 @@ def spike_packets(
     drive, still, gain, bias, a, spikes, o_n, mask, p_state, p_group, p_lengths, step,
     D: tl.constexpr, GRADED: tl.constexpr, THETA: tl.constexpr, BETA: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """As `spike_update`, for a single lane and with what `fetch_neurons` gives."""
+    """The ALIF update of neurons o_n, with what `fetch_neurons` gives, as in `cortex_in`: their spikes, which are
+    returned and go out as packets; voltage and adaptation are written in place, `[3, D]` at p_state."""
     active = is_active(p_lengths, 0, True, step)
     v = still + gain * (drive + bias)
     u = v - BETA * a - THETA

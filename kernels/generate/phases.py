@@ -1,4 +1,4 @@
-"""The phases of a token for many lanes: each is as wide as the card, and a barrier separates it from the next.
+"""The phases of a token for several lanes: each is as wide as the card, and a barrier separates it from the next.
 
 A cortex layer takes four (in, out, SwiGLU in, SwiGLU out), a memory layer five (its fast weights between in and out).
 The lateral input of a spiking column needs the spikes of the token before alone, so a neuron's whole update happens
@@ -102,22 +102,11 @@ def cortex_in(
 
 
 @triton.jit
-def go_gates(p_x, p_go, p_vector, num_lanes, D: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr):
-    """The basal ganglia's gates `[B, K]`; the last programs begin, as they have the fewest rows of the phase."""
-    unit = tl.num_programs(0) - 1 - tl.program_id(0)
-    while unit < num_lanes * K:
-        column = unit % K
-        logit = normed_dot(p_x + unit // K * D, p_vector + column * D, D, EPS, BD)
-        tl.store(p_go + unit, sigmoid(logit + tl.load(p_vector + K * D + column)))
-        unit += tl.num_programs(0)
-
-
-@triton.jit
-def go_gates_together(
+def go_gates(
     program, p_x, p_go, p_vector, num_lanes, D: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr
 ):
-    """As `go_gates`, with four columns of a lane at once: with many lanes a program has several to do, and each waits
-    for what it reads."""
+    """The basal ganglia's gates `[B, K]`; the last programs begin, as they have the fewest rows of the phase. Four
+    columns of a lane at once: with many lanes a program has several to do, and each waits for what it reads."""
     BLOCKS: tl.constexpr = (K + 3) // 4
     o_d = tl.arange(0, BD)
     inside = (o_d < D)[None, :]
@@ -218,6 +207,30 @@ def swiglu_in(
         mask = (o_r < last)[:, None] & (o_l < num_lanes)[None, :]
         tl.store(p_hidden + o_l[None, :] * M + o_r[:, None], hidden.to(p_hidden.dtype.element_ty), mask=mask)
         tile += BR
+
+
+@triton.jit
+def fetch_memory(
+    unit, p_x, p_state, p_vector, num_units,
+    D: tl.constexpr, N: tl.constexpr, DELTA: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr, CU: tl.constexpr,
+):  # fmt: skip
+    """A unit is CU value channels of one lane's head: its fast weights [N, CU], forget gate and (delta rule) write
+    gate, which do not wait for the projections. The gates' projections stay in float32, as their rounding would be felt
+    over thousands of tokens."""
+    H: tl.constexpr = D // N
+    parts: tl.constexpr = N // CU
+    exists = unit < num_units
+    unit = tl.minimum(unit, num_units - 1)
+    head, lane = unit // parts % H, unit // (parts * H)
+    o_n, o_v = tl.arange(0, N)[:, None], unit % parts * CU + tl.arange(0, CU)[None, :]
+    p_s = p_state + (lane * H + head).to(tl.int64) * N * N + o_n * N + o_v
+    weight = tl.load(p_s, mask=(o_n < N) & exists, other=0.0, cache_modifier=".cg")
+    forget = normed_dot(p_x + lane * D, p_vector + head * D, D, EPS, BD) + tl.load(p_vector + H * D + head)
+    write = forget
+    if DELTA:
+        p_write = p_vector + H * (D + 1)
+        write = normed_dot(p_x + lane * D, p_write + head * D, D, EPS, BD) + tl.load(p_write + H * D + head)
+    return weight, sigmoid(forget), sigmoid(write)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.generate.layout import PackedBrain
-from kernels.generate.stream import matrices_in_order
+from kernels.generate.matrix_order import matrices_in_order
 
 LARGEST_INT8 = 127.0
 

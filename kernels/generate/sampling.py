@@ -90,68 +90,6 @@ def race(
 
 
 @triton.jit
-def race_logits(
-    p_seen, p_lanes, p_positions, p_candidate, p_candidate_id, p_logits, step, num_lanes, seed_low, seed_high,
-    temperature, penalty, V: tl.constexpr, GREEDY: tl.constexpr, PENALTY: tl.constexpr, FILTER: tl.constexpr,
-    BL: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    """As `race`, from the raw logits `[B, V]` of this program's own ids (dealt in multiples of UNIT), which it has just
-    stored."""
-    o_l = tl.arange(0, BL)
-    in_batch = o_l < num_lanes
-    tile, last = share(tl.program_id(0), V, UNIT, 1)
-    best = tl.full([BL], float("-inf"), tl.float32)
-    best_id = tl.zeros([BL], tl.int32)
-    best_raw = tl.full([BL], float("-inf"), tl.float32)
-    largest = tl.full([BL], float("-inf"), tl.float32)
-    total = tl.zeros([BL], tl.float32)
-    # Counters are taken modulo 2^32, as the definition does.
-    lane_number = tl.load(p_lanes + o_l, mask=in_batch, other=0).to(tl.int32)
-    position = (tl.load(p_positions + o_l, mask=in_batch, other=0) + step + 1).to(tl.int32)
-    while tile < last:
-        o_v = tile + tl.arange(0, BV)
-        ids = (o_v < last)[None, :]
-        mask = in_batch[:, None] & ids
-        o_n = o_l[:, None] * V + o_v[None, :]
-        raw = tl.load(p_logits + o_n, mask=mask, other=0.0, cache_modifier=".cg")
-        z = raw
-        if PENALTY:
-            seen = tl.load(p_seen + o_n, mask=mask, other=0, cache_modifier=".cg") != 0
-            z = penalized(raw, seen, penalty)
-        score = z
-        if not GREEDY:
-            z = z / temperature
-            counter = tl.zeros([BL, BV], tl.int32)
-            word = philox_word(
-                seed_low, seed_high, counter + o_v[None, :], counter + position[:, None], counter + lane_number[:, None]
-            )
-            score = z - tl.log(exponential_draw(word))
-        if FILTER:
-            tl.store(p_logits + num_lanes * V + o_n, z, mask=mask)
-            tl.store(p_logits + 2 * num_lanes * V + o_n, score, mask=mask)
-        score = tl.where(ids, score, float("-inf"))
-        top = tl.max(score, 1)
-        top_id = tile + tl.argmax(score, 1, tie_break_left=True)
-        better = top > best
-        hit = o_v[None, :] == top_id[:, None]
-        best_raw = tl.where(better, tl.sum(tl.where(hit, raw, 0.0), 1), best_raw)
-        best_id = tl.where(better, top_id, best_id)
-        best = tl.maximum(top, best)
-        new_largest = tl.maximum(largest, tl.max(tl.where(ids, raw, float("-inf")), 1))
-        total = total * tl.exp(largest - new_largest)
-        total += tl.sum(tl.where(ids, tl.exp(raw - new_largest[:, None]), 0.0), 1)
-        largest = new_largest
-        tile += BV
-    o_c = tl.program_id(0) * num_lanes + o_l
-    plane = tl.num_programs(0) * num_lanes
-    tl.store(p_candidate + o_c, best, mask=in_batch)
-    tl.store(p_candidate + plane + o_c, best_raw, mask=in_batch)
-    tl.store(p_candidate + 2 * plane + o_c, largest, mask=in_batch)
-    tl.store(p_candidate + 3 * plane + o_c, total, mask=in_batch)
-    tl.store(p_candidate_id + o_c, best_id, mask=in_batch)
-
-
-@triton.jit
 def better_candidate(score, ids, raw, largest, total, score_b, ids_b, raw_b, largest_b, total_b):
     """Of two candidates the one with the better score, or of equals the lower id; and, of the ids that both stand for,
     the largest logit and the sum of exp(logit - largest)."""
@@ -167,8 +105,9 @@ def race_lane(
     V: tl.constexpr, GREEDY: tl.constexpr, PENALTY: tl.constexpr, FILTER: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """As `race_logits`, for a single lane and ids dealt out in blocks of UNIT as `turn_table` does: what is found out
-    takes one exchange between warps. Returns the best id, or any where the program has none."""
+    """As `race`, for a single lane, from the raw logits `[V]` of this program's own ids, which it has just stored. Ids
+    are dealt out in blocks of UNIT as `turn_table` does, and what is found out takes one exchange between warps.
+    Returns the best id, or any where the program has none."""
     place, programs = tl.program_id(0), tl.num_programs(0)
     each = tl.cdiv(tl.cdiv(V, UNIT), programs) * UNIT
     none, lowest = tl.zeros([BV], tl.int32), tl.full([BV], _LOWEST, tl.float32)
@@ -246,23 +185,13 @@ def better(best, best_id, z, score, ids, threshold):
 
 @triton.jit
 def filtered_winner(
-    lane,
-    p_logits,
-    num_lanes,
-    top_k,
-    top_p,
-    log_min_p,
-    V: tl.constexpr,
-    TOP_K: tl.constexpr,
-    TOP_P: tl.constexpr,
-    MIN_P: tl.constexpr,
-    BV: tl.constexpr,
-    EIGHT: tl.constexpr = True,
-):
+    lane, p_logits, num_lanes, top_k, top_p, log_min_p, V: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
+    MIN_P: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
     """The best-scoring id that the filters keep, and its logit."""
     plane = num_lanes * V
     p_row = p_logits + lane * V
-    threshold = filter_threshold(p_row + plane, V, top_k, top_p, log_min_p, TOP_K, TOP_P, MIN_P, BV, EIGHT)
+    threshold = filter_threshold(p_row + plane, V, top_k, top_p, log_min_p, TOP_K, TOP_P, MIN_P, BV)
     o_v = tl.arange(0, BV)
     best = tl.full([BV], float("-inf"), tl.float32)
     ids = tl.zeros([BV], tl.int32)
@@ -326,26 +255,19 @@ def relayed(
 @triton.jit
 def relay_columns(
     lane, token, step, p_ids, num_ids, p_embedding, p_taps, p_x, p_columns, p_square,
-    D: tl.constexpr, TAPS: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr, LN: tl.constexpr,
-    SPLIT: tl.constexpr,
+    D: tl.constexpr, TAPS: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """Store what `relayed` gives for the token a lane reads at `step`; also as columns `[BL, D]`, and the sum of its
+    """Store what `relayed` gives for the token a lane reads at `step`; also as columns `[B, D]`, and the sum of its
     squares as the first program's share."""
     o_d = tl.arange(0, BD)
     inside = o_d < D
     p_read = p_ids + lane * num_ids + step + TAPS - 1
     x = relayed(token, recent_ids(p_read, TAPS), p_embedding, p_taps, D, TAPS, EPS, BD)
     tl.store(p_x + lane * D + o_d, x, mask=inside)
-    rounded = x.to(p_columns.dtype.element_ty)
-    if SPLIT:
-        tl.store(p_columns + 2 * lane * D + o_d, rounded, mask=inside)
-        lost = (x - rounded.to(tl.float32)).to(p_columns.dtype.element_ty)
-        tl.store(p_columns + (2 * lane + 1) * D + o_d, lost, mask=inside)
-    else:
-        tl.store(p_columns + lane * D + o_d, rounded, mask=inside)
+    tl.store(p_columns + lane * D + o_d, x.to(p_columns.dtype.element_ty), mask=inside)
     o_p = tl.arange(0, BP)
     square = tl.where(o_p == 0, tl.sum(x * x, 0), 0.0)
-    tl.store(p_square + o_p * LN + lane, square, mask=o_p < tl.num_programs(0))
+    tl.store(p_square + o_p * BL + lane, square, mask=o_p < tl.num_programs(0))
 
 
 @triton.jit

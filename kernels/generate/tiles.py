@@ -30,7 +30,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Tiles:
-    """Constants of the launch for many lanes.
+    """Constants of the launch for several lanes.
 
     Arguments:
         BL: lanes, padded. GROUPS: groups of programs that divide them in the phases that add to x.
@@ -140,83 +140,6 @@ def choose_tiles(
 
 
 @dataclass(frozen=True)
-class StreamTiles:
-    """Constants of the launch for few lanes.
-
-    Arguments:
-        BL: columns of activations. LN: lanes, padded. SPLIT: two columns a lane.
-        R, NB, KS: rows, slices and channels of a slice of a tile. STAGES: tiles in flight, and one.
-        CU: value channels of a head that are one unit of memory. BD, BV, BP: D, ids and programs at once, padded.
-        BRACE: ids a program races at once. P: programs. TOKENS: tokens that weights are asked for without a pause.
-    """
-
-    BL: int
-    LN: int
-    SPLIT: bool
-    R: int
-    NB: int
-    KS: int
-    CU: int
-    BD: int
-    BV: int
-    BP: int
-    BRACE: int
-    P: int
-    STAGES: int
-    TOKENS: int = 16
-    num_warps: int = 8
-
-    def constexprs(self) -> dict[str, int | bool]:
-        """Keyword arguments of the kernel."""
-        constants = asdict(self)
-        del constants["num_warps"]
-        return constants
-
-
-MAX_STREAM_LANES = 4
-MAX_PACKET_LANES = 1
-_RING_BYTES = 192 * 1024  # of shared memory, for tiles in flight
-
-
-def choose_stream(
-    shape: BrainShape, num_lanes: int, dtype: torch.dtype, num_programs: int, *, channels: int = 512, rows: int = 16
-) -> StreamTiles:
-    """Tiles for at most MAX_STREAM_LANES lanes."""
-    group = max(shape.column_width, shape.head_width)
-    if num_programs == 1:
-        channels, rows = _INTERPRETED_TILE, _INTERPRETED_TILE
-        unit = shape.head_width
-    else:
-        unit = 16
-        while unit > 4 and num_lanes * shape.width < 96 * unit:
-            unit //= 2
-    channels = max(group, min(channels, triton.next_power_of_2(shape.width)))
-    slice_channels = min(64, shape.column_width, shape.head_width)
-    # Columns: every lane's chunks of channels, twice where values are rounded and that is not too many.
-    lanes = triton.next_power_of_2(num_lanes)
-    while triton.cdiv(max(shape.width, shape.mlp_width), channels) > 8:
-        channels *= 2
-    chunks = triton.next_power_of_2(triton.cdiv(max(shape.width, shape.mlp_width), channels))
-    split = (dtype.itemsize == 2 or num_programs == 1) and 2 * lanes * chunks <= 32
-    tile_bytes = rows * channels * dtype.itemsize
-    return StreamTiles(
-        BL=max(8, lanes * chunks * (2 if split else 1)),
-        LN=lanes,
-        SPLIT=split,
-        R=rows,
-        NB=channels // slice_channels,
-        KS=slice_channels,
-        CU=min(unit, shape.head_width),
-        BD=triton.next_power_of_2(shape.width),
-        BV=min(512, triton.next_power_of_2(shape.vocab_size)),
-        BP=triton.next_power_of_2(num_programs),
-        BRACE=min(512, triton.next_power_of_2(triton.cdiv(triton.cdiv(shape.vocab_size, rows), num_programs) * rows)),
-        P=num_programs,
-        STAGES=min(16, _RING_BYTES // tile_bytes + 1),
-    )
-
-
-@dataclass(frozen=True)
 class PacketTiles:
     """Constants of the launch for one lane.
 
@@ -264,6 +187,7 @@ _MOST_SLOTS = 16
 _TABLE_STEP = 2048  # another size of the table is another kernel
 _SHARED_BYTES = 218 * 1024  # for weights in flight and activations; the rest is the compiler's
 MAX_ROOM_BYTES = 48 * 1024
+MAX_PACKET_LANES = 1
 
 
 def packet_room(shape: BrainShape, turn: int) -> int:

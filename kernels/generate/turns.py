@@ -5,7 +5,8 @@ asking for the next. Granules are G channels, which a warp reads from shared mem
 turn each of W warps has rows of its own, and what it needs of them lies together in memory: for each block of R rows,
 for each warp, for each granule, R / W rows of G channels, a piece.
 
-The order is written down once for each program, as two words a turn, as in `kernels.generate.stream`.
+The order is written down once for each program, as two words a turn: where its weights lie, for asking, and what it is,
+for using. A kernel that worked it out instead would spend more on that than on the products.
 """
 
 import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.generate.layout import BrainShape
-from kernels.generate.stream import CORTEX_IN, DECODE, MEMORY_IN, matrices_in_order
+from kernels.generate.matrix_order import CORTEX_IN, DECODE, MEMORY_IN, matrices_in_order
 
 
 @functools.lru_cache(maxsize=16)

@@ -10,8 +10,7 @@ from compiler import call_in_compiler
 from kernels.generate.kernel import generate_kernel
 from kernels.generate.layout import BrainShape
 from kernels.generate.packet_kernel import packet_kernel
-from kernels.generate.stream_kernel import stream_kernel
-from kernels.generate.tiles import PacketTiles, choose_packets, choose_stream, choose_tiles, packet_room
+from kernels.generate.tiles import PacketTiles, choose_packets, choose_tiles, packet_room
 from kernels.offline import SHARED_LIMITS, compile_kernel
 
 SIZES = {
@@ -20,11 +19,11 @@ SIZES = {
     "nano": BrainShape(128, 64, 64, 320, 257, 1, 2, 1),
     "two widths": BrainShape(64, 32, 16, 192, 67, 1, 2, 2),  # of columns and heads, which the interpreter lets pass
 }
-KERNELS = {"packet": packet_kernel, "stream": stream_kernel, "generate": generate_kernel}
+KERNELS = {"packet": packet_kernel, "generate": generate_kernel}
 
 
 def check_launch(name: str, size: str, lanes: int, dtype: str, capability: int, stack: int = 0) -> None:
-    stack_bytes, shared_bytes, num_tiles_ahead, code = call_in_compiler(
+    stack_bytes, shared_bytes, code = call_in_compiler(
         "test_generate_compile", "compile_launch", name, size, lanes, dtype, capability
     )
     assert stack_bytes <= stack
@@ -35,9 +34,6 @@ def check_launch(name: str, size: str, lanes: int, dtype: str, capability: int, 
         assert "CCTL.E.PF2" in code, "nothing is prefetched"
         if dtype == "bfloat16":
             check_products(code, capability)
-    elif name == "stream":
-        assert code.count("UTMALDG") == num_tiles_ahead, "the loop over tiles is not pipelined"
-        assert "LDGSTS" not in code, "a thread has copies in flight at a fence"
     else:
         tiles = choose_packets(SIZES[size], getattr(torch, dtype), 132)
         assert "UBLKCP" in code, "weights are not copied in bulk"
@@ -74,15 +70,11 @@ def check_products(code: str, capability: int) -> None:
         assert sum(block["HGMMA"] for block in blocks) >= 24, "64 rows or lanes are a warpgroup's product"
 
 
-def compile_launch(name: str, size: str, lanes: int, dtype_name: str, capability: int) -> tuple[int, int, int, str]:
-    """Bytes of stack and of shared memory, how many copies of tiles a pipelined loop has under way, and the machine
-    code."""
+def compile_launch(name: str, size: str, lanes: int, dtype_name: str, capability: int) -> tuple[int, int, str]:
+    """Bytes of stack and of shared memory, and the machine code."""
     kernel, shape, dtype = KERNELS[name], SIZES[size], getattr(torch, dtype_name)
     if name == "packet":
-        tiles, block = choose_packets(shape, dtype, 132), ""
-    elif name == "stream":
-        tiles = choose_stream(shape, lanes, dtype, 132)
-        block = f"1,{tiles.NB},{tiles.R},{tiles.KS}"
+        tiles = choose_packets(shape, dtype, 132)
     else:
         tiles = choose_tiles(shape, lanes, dtype, 132, shared_bytes=SHARED_LIMITS[capability])
     flags = dict.fromkeys(("DELTA", "GREEDY", "PENALTY", "TOP_K", "TOP_P", "MIN_P", "SINGLE"), False)
@@ -100,20 +92,17 @@ def compile_launch(name: str, size: str, lanes: int, dtype_name: str, capability
     types |= {
         "p_packets": "*i32" if dtype.itemsize == 1 else "*i64",
         "p_lengths": "*i32",
+        "p_counter": "*i32",
         "p_candidate_id": "*i32",
         "p_seen": "*i8",
         "p_pieces": "*" + tile,
     }
-    types["p_counter"] = "*i32"
-    if name != "generate":
-        types["d_tiles"] = f"tensordesc<{tile}[{block}]>"
     types |= dict.fromkeys(("temperature", "penalty", "top_p", "log_min_p"), "fp32")
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "*fp32" if name[:2] == "p_" else "i32") for name in kernel.arg_names}
     used, code = compile_kernel(kernel, signature, constants, capability=capability, num_warps=tiles.num_warps)
     reserved = tiles.ring_bytes + packet_room(shape, tiles.G * tiles.GRANULES) if isinstance(tiles, PacketTiles) else 0
-    num_tiles_ahead = tiles.STAGES if name == "stream" else 0
-    return used.stack_bytes, used.shared_bytes + reserved, num_tiles_ahead, code
+    return used.stack_bytes, used.shared_bytes + reserved, code
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "uint8"])
@@ -134,7 +123,8 @@ def test_int8_weights_compile_without_a_word_put_aside(size: str) -> None:
         ("packet", "base", 1, "bfloat16", 90),
         ("packet", "nano", 1, "bfloat16", 90),
         ("packet", "two widths", 1, "float32", 90),
-        ("stream", "base", 4, "bfloat16", 90),
+        ("generate", "base", 1, "bfloat16", 89),
+        ("generate", "base", 2, "bfloat16", 90),
         ("generate", "base", 16, "bfloat16", 90),
         ("generate", "base", 16, "bfloat16", 89),
         ("generate", "base", 64, "bfloat16", 90),

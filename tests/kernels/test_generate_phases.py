@@ -1,4 +1,4 @@
-"""Phases of the launch for many lanes, each alone: several programs, groups of them, and each way to multiply.
+"""Phases of the launch for several lanes, each alone: several programs, groups of them, and each way to multiply.
 
 Between barriers programs do not depend on each other, so the interpreter, which runs them in turn, can do a phase.
 """
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from kernels.generate.device import share, this_program
 from kernels.generate.layout import BrainShape
-from kernels.generate.phases import add_rows, cortex_in, go_gates_together, lateral_input, memory_in, swiglu_in
+from kernels.generate.phases import add_rows, cortex_in, go_gates, lateral_input, memory_in, swiglu_in
 from kernels.generate.tiles import Block, choose_tiles
 from kernels.launch import INTERPRETED
 
@@ -59,7 +59,7 @@ def spikes_kernel(
         program, lateral, p_x, p_square, p_columns, p_share, p_spikes, p_state, p_matrix, p_vector, p_lengths, 3,
         num_lanes, D, C, GRADED, 0.5, 0.4, 0.9, EPS, 1, BQ, BL, BR, NB, KS, STAGES, True,
     )  # fmt: skip
-    go_gates_together(program, p_x, p_go, p_go_vector, num_lanes, D, D // C, EPS, BD)
+    go_gates(program, p_x, p_go, p_go_vector, num_lanes, D, D // C, EPS, BD)
 
 
 def blocks(block: Block) -> dict[str, int]:
@@ -161,7 +161,7 @@ def test_spikes_of_many_lanes(lanes: int, padded: int, block: Block, graded: boo
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("lanes", [5, 16, 17, 33, 64])
+@pytest.mark.parametrize("lanes", [1, 2, 5, 16, 17, 33, 64])
 @pytest.mark.parametrize("shared_kb", [99, 163, 227])
 def test_tiles_fit_what_they_are_for(dtype: torch.dtype, lanes: int, shared_kb: int) -> None:
     for shape in (

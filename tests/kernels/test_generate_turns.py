@@ -1,38 +1,11 @@
-"""The orders in which launches read weights: every one once a token, by the program whose rows it belongs to."""
-
-from collections import Counter
+"""The order in which the launch for one lane reads weights: every one once a token, by the warp whose row it is of."""
 
 import pytest
 import torch
 
 from kernels.generate.layout import BrainShape
-from kernels.generate.stream import DECODE, matrices_in_order, stream_table, tile_weights
+from kernels.generate.matrix_order import DECODE, matrices_in_order
 from kernels.generate.turns import count_turns, in_pieces, turn_table
-
-
-@pytest.mark.parametrize(("num_programs", "rows", "slices"), [(5, 16, 2), (132, 16, 4), (1, 512, 4), (3, 16, 1)])
-def test_every_weight_is_read_once(num_programs: int, rows: int, slices: int) -> None:
-    shape = BrainShape(48, 16, 16, 112, 263, 1, 2, 1)
-    matrices, decoder = torch.randn(shape.matrices_size), torch.randn(shape.vocab_size, shape.width)
-    tiles = tile_weights(shape, matrices, decoder, rows, slices, 16)
-    table = stream_table(shape, num_programs, rows, slices * 16, torch.device("cpu"))
-    read: Counter[tuple[int, ...]] = Counter()
-    halves = {(layer, kind): value for kind, layer, *value in matrices_in_order(shape)}
-    for fetch, use in table.flatten(0, 1).tolist():
-        first, layer, chunk, kind, half = use >> 36, (use >> 24) & 4095, (use >> 8) & 63, (use >> 4) & 7, (use >> 3) & 1
-        left = (use >> 14) & 1023
-        if fetch >= len(tiles):
-            assert left == 0
-            continue
-        offset, num_rows, width_in, _ = halves[layer, kind]
-        flat = decoder.flatten() if kind == DECODE.value else matrices
-        matrix = flat[offset + half * num_rows * width_in :][: num_rows * width_in].view(num_rows, width_in)
-        expected = matrix[first : first + left, chunk * slices * 16 : (chunk + 1) * slices * 16]
-        tile = tiles[fetch].transpose(0, 1).reshape(rows, -1)
-        assert torch.equal(tile[:left, : expected.shape[1]], expected)
-        assert not tile[:, expected.shape[1] :].any()
-        read[layer, kind, half] += expected.numel()
-    assert read == {(layer, kind, h): n[1] * n[2] for (layer, kind), n in halves.items() for h in range(n[3])}
 
 
 @pytest.mark.parametrize(
