@@ -71,23 +71,21 @@ def four_blocks(p_row, start, num_ids, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def row_range(p_row, num_ids, BLOCK: tl.constexpr, EIGHT: tl.constexpr):
+def row_range(p_row, num_ids, BLOCK: tl.constexpr):
     """Smallest finite and largest of `num_ids` floats at p_row."""
     least = tl.full([BLOCK], float("inf"), tl.float32)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     start = 0
     while start < num_ids:
         z0, z1, z2, z3 = four_blocks(p_row, start, num_ids, BLOCK)
-        if EIGHT:
-            y0, y1, y2, y3 = four_blocks(p_row, start + 4 * BLOCK, num_ids, BLOCK)
+        y0, y1, y2, y3 = four_blocks(p_row, start + 4 * BLOCK, num_ids, BLOCK)
         best = tl.maximum(best, tl.maximum(tl.maximum(z0, z1), tl.maximum(z2, z3)))
         least = tl.minimum(least, tl.minimum(finite(z0), finite(z1)))
         least = tl.minimum(least, tl.minimum(finite(z2), finite(z3)))
-        if EIGHT:
-            best = tl.maximum(best, tl.maximum(tl.maximum(y0, y1), tl.maximum(y2, y3)))
-            least = tl.minimum(least, tl.minimum(finite(y0), finite(y1)))
-            least = tl.minimum(least, tl.minimum(finite(y2), finite(y3)))
-        start += 8 * BLOCK if EIGHT else 4 * BLOCK
+        best = tl.maximum(best, tl.maximum(tl.maximum(y0, y1), tl.maximum(y2, y3)))
+        least = tl.minimum(least, tl.minimum(finite(y0), finite(y1)))
+        least = tl.minimum(least, tl.minimum(finite(y2), finite(y3)))
+        start += 8 * BLOCK
     return tl.min(least, 0), tl.max(best, 0)
 
 
@@ -104,24 +102,18 @@ def weigh(z, largest, COUNT: tl.constexpr):
 
 
 @triton.jit
-def weight_from(p_row, num_ids, lowest, largest, BLOCK: tl.constexpr, EIGHT: tl.constexpr):
+def weight_from(p_row, num_ids, lowest, largest, BLOCK: tl.constexpr):
     """Sum of exp(z - largest) over the logits not below `lowest`."""
     total = tl.zeros([BLOCK], tl.float32)
     start = 0
     while start < num_ids:
         z0, z1, z2, z3 = four_blocks(p_row, start, num_ids, BLOCK)
-        if EIGHT:
-            y0, y1, y2, y3 = four_blocks(p_row, start + 4 * BLOCK, num_ids, BLOCK)
+        y0, y1, y2, y3 = four_blocks(p_row, start + 4 * BLOCK, num_ids, BLOCK)
         total += tl.where(z0 >= lowest, tl.exp(z0 - largest), 0.0) + tl.where(z1 >= lowest, tl.exp(z1 - largest), 0.0)
         total += tl.where(z2 >= lowest, tl.exp(z2 - largest), 0.0) + tl.where(z3 >= lowest, tl.exp(z3 - largest), 0.0)
-        if EIGHT:
-            total += tl.where(y0 >= lowest, tl.exp(y0 - largest), 0.0) + tl.where(
-                y1 >= lowest, tl.exp(y1 - largest), 0.0
-            )
-            total += tl.where(y2 >= lowest, tl.exp(y2 - largest), 0.0) + tl.where(
-                y3 >= lowest, tl.exp(y3 - largest), 0.0
-            )
-        start += 8 * BLOCK if EIGHT else 4 * BLOCK
+        total += tl.where(y0 >= lowest, tl.exp(y0 - largest), 0.0) + tl.where(y1 >= lowest, tl.exp(y1 - largest), 0.0)
+        total += tl.where(y2 >= lowest, tl.exp(y2 - largest), 0.0) + tl.where(y3 >= lowest, tl.exp(y3 - largest), 0.0)
+        start += 8 * BLOCK
     return tl.sum(total, 0)
 
 
@@ -146,25 +138,23 @@ def three_sums(a, b, c):
 
 
 @triton.jit
-def weights_above(p_row, num_ids, a, b, c, largest, COUNT: tl.constexpr, BLOCK: tl.constexpr, EIGHT: tl.constexpr):
+def weights_above(p_row, num_ids, a, b, c, largest, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """Weight of the logits above a, above b and above c, for one reading of the row."""
     above_a = tl.zeros([BLOCK], tl.float32)
     above_b, above_c = above_a, above_a
     start = 0
     while start < num_ids:
         z0, z1, z2, z3 = four_blocks(p_row, start, num_ids, BLOCK)
-        if EIGHT:
-            y0, y1, y2, y3 = four_blocks(p_row, start + 4 * BLOCK, num_ids, BLOCK)
+        y0, y1, y2, y3 = four_blocks(p_row, start + 4 * BLOCK, num_ids, BLOCK)
         above_a, above_b, above_c = added(z0, weigh(z0, largest, COUNT), a, b, c, above_a, above_b, above_c)
         above_a, above_b, above_c = added(z1, weigh(z1, largest, COUNT), a, b, c, above_a, above_b, above_c)
         above_a, above_b, above_c = added(z2, weigh(z2, largest, COUNT), a, b, c, above_a, above_b, above_c)
         above_a, above_b, above_c = added(z3, weigh(z3, largest, COUNT), a, b, c, above_a, above_b, above_c)
-        if EIGHT:
-            above_a, above_b, above_c = added(y0, weigh(y0, largest, COUNT), a, b, c, above_a, above_b, above_c)
-            above_a, above_b, above_c = added(y1, weigh(y1, largest, COUNT), a, b, c, above_a, above_b, above_c)
-            above_a, above_b, above_c = added(y2, weigh(y2, largest, COUNT), a, b, c, above_a, above_b, above_c)
-            above_a, above_b, above_c = added(y3, weigh(y3, largest, COUNT), a, b, c, above_a, above_b, above_c)
-        start += 8 * BLOCK if EIGHT else 4 * BLOCK
+        above_a, above_b, above_c = added(y0, weigh(y0, largest, COUNT), a, b, c, above_a, above_b, above_c)
+        above_a, above_b, above_c = added(y1, weigh(y1, largest, COUNT), a, b, c, above_a, above_b, above_c)
+        above_a, above_b, above_c = added(y2, weigh(y2, largest, COUNT), a, b, c, above_a, above_b, above_c)
+        above_a, above_b, above_c = added(y3, weigh(y3, largest, COUNT), a, b, c, above_a, above_b, above_c)
+        start += 8 * BLOCK
     return three_sums(above_a, above_b, above_c)
 
 
@@ -179,25 +169,23 @@ def inserted(z, highest, z0, z1, z2, z3):
 
 
 @triton.jit
-def likeliest(p_row, num_ids, highest, BLOCK: tl.constexpr, EIGHT: tl.constexpr):
+def likeliest(p_row, num_ids, highest, BLOCK: tl.constexpr):
     """The four largest logits not above `highest` of each of BLOCK slots: slot i has the ids i, i + BLOCK, ..."""
     b0 = tl.full([BLOCK], float("-inf"), tl.float32)
     b1, b2, b3 = b0, b0, b0
     start = 0
     while start < num_ids:
         z0, z1, z2, z3 = four_blocks(p_row, start, num_ids, BLOCK)
-        if EIGHT:
-            y0, y1, y2, y3 = four_blocks(p_row, start + 4 * BLOCK, num_ids, BLOCK)
+        y0, y1, y2, y3 = four_blocks(p_row, start + 4 * BLOCK, num_ids, BLOCK)
         b0, b1, b2, b3 = inserted(z0, highest, b0, b1, b2, b3)
         b0, b1, b2, b3 = inserted(z1, highest, b0, b1, b2, b3)
         b0, b1, b2, b3 = inserted(z2, highest, b0, b1, b2, b3)
         b0, b1, b2, b3 = inserted(z3, highest, b0, b1, b2, b3)
-        if EIGHT:
-            b0, b1, b2, b3 = inserted(y0, highest, b0, b1, b2, b3)
-            b0, b1, b2, b3 = inserted(y1, highest, b0, b1, b2, b3)
-            b0, b1, b2, b3 = inserted(y2, highest, b0, b1, b2, b3)
-            b0, b1, b2, b3 = inserted(y3, highest, b0, b1, b2, b3)
-        start += 8 * BLOCK if EIGHT else 4 * BLOCK
+        b0, b1, b2, b3 = inserted(y0, highest, b0, b1, b2, b3)
+        b0, b1, b2, b3 = inserted(y1, highest, b0, b1, b2, b3)
+        b0, b1, b2, b3 = inserted(y2, highest, b0, b1, b2, b3)
+        b0, b1, b2, b3 = inserted(y3, highest, b0, b1, b2, b3)
+        start += 8 * BLOCK
     return b0, b1, b2, b3
 
 
@@ -251,11 +239,9 @@ def smallest_held(z0, z1, z2, z3, target, low, high, largest, COUNT: tl.constexp
 
 
 @triton.jit
-def sifted(
-    p_row, num_ids, low, high, above, target, largest, COUNT: tl.constexpr, BLOCK: tl.constexpr, EIGHT: tl.constexpr
-):
+def sifted(p_row, num_ids, low, high, above, target, largest, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """The interval and the weight above it, narrowed by the likeliest logits in it: to its end where they reach."""
-    z0, z1, z2, z3 = likeliest(p_row, num_ids, from_order_key(high.to(tl.int32)), BLOCK, EIGHT)
+    z0, z1, z2, z3 = likeliest(p_row, num_ids, from_order_key(high.to(tl.int32)), BLOCK)
     # A slot may have more logits than it holds, but none above the last it holds: above `reach` all are held.
     reach = tl.max(z3, 0)
     held = tl.where(z0 > reach, weigh(z0, largest, COUNT), 0.0) + tl.where(z1 > reach, weigh(z1, largest, COUNT), 0.0)
@@ -270,9 +256,7 @@ def sifted(
 
 
 @triton.jit
-def smallest_kept(
-    p_row, num_ids, target, lowest, least, largest, COUNT: tl.constexpr, BLOCK: tl.constexpr, EIGHT: tl.constexpr
-):
+def smallest_kept(p_row, num_ids, target, lowest, least, largest, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """The smallest t for which the logits above t weigh less than the target.
 
     With COUNT and target k it is the k-th largest logit (top-k); with target p times the whole weight it is the last
@@ -291,7 +275,7 @@ def smallest_kept(
     while high - low > 1:
         if (turn == 0) | (turn == 6):
             # The likeliest may be all it takes, at first or where the interval has become short.
-            low, high, above = sifted(p_row, num_ids, low, high, above, target, largest, COUNT, BLOCK, EIGHT)
+            low, high, above = sifted(p_row, num_ids, low, high, above, target, largest, COUNT, BLOCK)
         else:
             # By value, an interval about 0 soon has few logits; by key, whatever the logits, 16 turns are enough.
             a, b, c = quarters(low, high)
@@ -299,7 +283,7 @@ def smallest_kept(
             a, b, c = tl.where(turn < 6, v_a, a), tl.where(turn < 6, v_b, b), tl.where(turn < 6, v_c, c)
             t_a, t_b = from_order_key(a.to(tl.int32)), from_order_key(b.to(tl.int32))
             t_c = from_order_key(c.to(tl.int32))
-            w_a, w_b, w_c = weights_above(p_row, num_ids, t_a, t_b, t_c, largest, COUNT, BLOCK, EIGHT)
+            w_a, w_b, w_c = weights_above(p_row, num_ids, t_a, t_b, t_c, largest, COUNT, BLOCK)
             low, high, above = narrowed(low, high, above, a, w_a, target, COUNT)
             low, high, above = narrowed(low, high, above, b, w_b, target, COUNT)
             low, high, above = narrowed(low, high, above, c, w_c, target, COUNT)
@@ -318,7 +302,6 @@ def filter_threshold(
     TOP_P: tl.constexpr,
     MIN_P: tl.constexpr,
     BLOCK: tl.constexpr,
-    EIGHT: tl.constexpr = True,
 ):
     """The logit below which top-k, then top-p, then min-p drop a token; p_row has penalty and temperature in it.
 
@@ -326,18 +309,17 @@ def filter_threshold(
         top_k: int32, at least 1 where TOP_K.
         top_p: float32 in (0, 1) where TOP_P.
         log_min_p: float32, at most 0 where MIN_P.
-        EIGHT: eight blocks of the row are asked for at once, not four.
     """
-    # A thread has few registers to spare: four blocks are held, and four or eight are at work.
+    # A thread has few registers to spare: four blocks are held, and eight are at work.
     SLOTS: tl.constexpr = BLOCK if BLOCK < 2048 else 2048
-    least, largest = row_range(p_row, num_ids, SLOTS, EIGHT)
+    least, largest = row_range(p_row, num_ids, SLOTS)
     threshold = tl.full([], -3.4028234663852886e38, tl.float32)
     if TOP_K:
         wanted = tl.minimum(top_k, num_ids).to(tl.float32)
-        threshold = smallest_kept(p_row, num_ids, wanted, threshold, least, largest, True, SLOTS, EIGHT)
+        threshold = smallest_kept(p_row, num_ids, wanted, threshold, least, largest, True, SLOTS)
     if TOP_P:
-        whole = weight_from(p_row, num_ids, threshold, largest, SLOTS, EIGHT)
-        threshold = smallest_kept(p_row, num_ids, top_p * whole, threshold, least, largest, False, SLOTS, EIGHT)
+        whole = weight_from(p_row, num_ids, threshold, largest, SLOTS)
+        threshold = smallest_kept(p_row, num_ids, top_p * whole, threshold, least, largest, False, SLOTS)
     if MIN_P:
         threshold = tl.maximum(threshold, largest + log_min_p)
     return threshold
