@@ -39,10 +39,8 @@ def generate_fused(
     lanes: Tensor,
     stop_ids: Tensor,
     seen: Tensor | None = None,
-    packet_tiles: PacketTiles | None = None,
 ) -> GenerateOutput:
-    """See `kernels.generate.generate`; the number of launches does not depend on the number of tokens. `packet_tiles`
-    are for one lane, in place of what `choose_packets` would choose."""
+    """See `kernels.generate.generate`; the number of launches does not depend on the number of tokens."""
     check_launchable("generate", token_ids, brain.embedding, brain.matrices, brain.vectors, *state)
     shape, num_lanes, device = brain.shape, token_ids.shape[0], token_ids.device
     check_shape(shape, num_lanes)
@@ -53,7 +51,7 @@ def generate_fused(
     if is_int8:
         check_quantized(shape, num_lanes)
     dtype = brain.matrices.dtype
-    packets = packet_tiles or choose_packets(shape, dtype, num_programs)
+    packets = choose_packets(shape, dtype, num_programs)
     # Activations of a brain with more than some 10,000 channels do not fit beside its tiles.
     fits = packet_room(shape, packets.GRANULES * packets.G) <= MAX_ROOM_BYTES
     is_packets = num_lanes <= MAX_PACKET_LANES and fits and is_hopper

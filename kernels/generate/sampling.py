@@ -121,7 +121,8 @@ def race_lane(
         raw = tl.load(p_logits + o_v, mask=ids, other=_LOWEST, cache_modifier=".cg")
         z = raw
         if PENALTY:
-            z = penalized(raw, tl.load(p_seen + o_v, mask=ids, other=0, cache_modifier=".cg") != 0, penalty)
+            seen = tl.load(p_seen + o_v, mask=ids, other=0, cache_modifier=".cg") != 0
+            z = penalized(tl.where(ids, raw, 0.0), seen, penalty)
         score = z
         if not GREEDY:
             z = z / temperature
