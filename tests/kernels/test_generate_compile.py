@@ -133,6 +133,6 @@ def test_int8_weights_compile_without_a_word_put_aside(size: str) -> None:
     ],
 )
 def test_other_sizes_compile(name: str, size: str, lanes: int, dtype: str, capability: int) -> None:
-    # Numbers that live through a whole token may be put aside, some 120 words (with 64 lanes 275); a spilled tile would
-    # be among the turns, which `check_products` looks at.
+    # Numbers that live through a whole token may be put aside, some 70 words; a spilled tile would be among the turns,
+    # which `check_products` looks at.
     check_launch(name, size, lanes, dtype, capability, stack=0 if name == "packet" else 320)
