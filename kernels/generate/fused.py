@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 import kernels.launch  # noqa: F401  first: it chooses the interpreter
 from kernels.generate.kernel import generate_kernel
 from kernels.generate.layout import BrainShape, GenerateOutput, PackedBrain, PackedState
-from kernels.generate.limits import check_quantized, check_shape
+from kernels.generate.limits import check_quantized, check_shape, has_bulk_copies
 from kernels.generate.packet_kernel import packet_kernel
 from kernels.generate.tiles import (
     MAX_PACKET_LANES,
@@ -45,18 +45,14 @@ def generate_fused(
     shape, num_lanes, device = brain.shape, token_ids.shape[0], token_ids.device
     check_shape(shape, num_lanes)
     num_programs = 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
-    # The kernel for one lane has copies that came with Hopper, and 200 KB of shared memory in flight.
-    is_hopper = INTERPRETED or torch.cuda.get_device_capability(device) >= (9, 0)
     is_int8 = brain.scales is not None
     if is_int8:
-        check_quantized(shape, num_lanes)
+        check_quantized(shape, num_lanes, device)
     dtype = brain.matrices.dtype
     packets = choose_packets(shape, dtype, num_programs)
     # Activations of a brain with more than some 10,000 channels do not fit beside its tiles.
     fits = packet_room(shape, packets.GRANULES * packets.G) <= MAX_ROOM_BYTES
-    is_packets = num_lanes <= MAX_PACKET_LANES and fits and is_hopper
-    if is_int8 and not is_hopper:
-        raise ValueError("generate: int8 weights need a GPU of compute capability 9.0 or more")
+    is_packets = num_lanes <= MAX_PACKET_LANES and fits and has_bulk_copies(device)
     assert is_packets or not is_int8, "these tiles leave no room for the activations"
     tiles: PacketTiles | Tiles = packets
     if not is_packets:

@@ -23,9 +23,18 @@ def check_shape(shape: BrainShape, num_lanes: int) -> None:
         raise ValueError(f"generate: {num_lanes} lanes; one launch takes 1 to {MAX_LANES}")
 
 
-def check_quantized(shape: BrainShape, num_lanes: int) -> None:
-    """Raise ValueError unless the launch can hold such a brain in 8 bits, and so many lanes."""
+def has_bulk_copies(device: torch.device) -> bool:
+    """Whether the kernel for one lane can run there: its copies, and 200 KB of shared memory in flight, came with
+    Hopper. On a CPU Triton interprets it."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def check_quantized(shape: BrainShape, num_lanes: int, device: torch.device) -> None:
+    """Raise ValueError unless the launch can hold such a brain in 8 bits, and so many lanes, on this device."""
     check_shape(shape, num_lanes)
+    if not has_bulk_copies(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        raise ValueError(f"generate: the GPU has compute capability {major}.{minor}; int8 weights need 9.0 or more")
     if num_lanes > MAX_PACKET_LANES:
         raise ValueError(f"generate: {num_lanes} lanes; int8 weights are for one")
     tiles = choose_packets(shape, torch.int8, 132)

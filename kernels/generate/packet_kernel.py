@@ -35,7 +35,7 @@ from kernels.generate.packet_phases import (
     spike_packets,
 )
 from kernels.generate.packets import append, prefetch, send_here, store_here, value_in
-from kernels.generate.ring import ask, products, start_ring, wait_for_slot, word_at, words_of
+from kernels.generate.ring import ask, next_slot, products, start_ring, wait_for_slot, word_at, words_of
 from kernels.generate.sampling import all_ended, filtered_winner, race_lane, recent_ids, record, winner
 from kernels.generate.weight_bytes import activation_unit, excess_of, weight_of
 
@@ -276,9 +276,7 @@ def packet_kernel(
                 thread, data + slot * SLOT, barriers + slot * 8, p_pieces, fetch, turn + SLOTS < total, PIECE
             )  # fmt: skip
             ahead = tl.where(ahead + 1 == num_turns, 0, ahead + 1)
-            slot += 1
-            parity = tl.where(slot == SLOTS, 1 - parity, parity)
-            slot = tl.where(slot == SLOTS, 0, slot)
+            slot, parity = next_slot(slot, parity, SLOTS)
         place = tl.where(place + 1 == num_turns, 0, place + 1)
 
         if flags & 4:
@@ -334,7 +332,5 @@ def packet_kernel(
         # A block may not end while what it asked for is on its way.
         while turn < tl.minimum(last + SLOTS, total):
             wait_for_slot(barriers + slot * 8, parity)
-            slot += 1
-            parity = tl.where(slot == SLOTS, 1 - parity, parity)
-            slot = tl.where(slot == SLOTS, 0, slot)
+            slot, parity = next_slot(slot, parity, SLOTS)
             turn += 1

@@ -24,12 +24,12 @@ ROWS_OF_WARP = 2
 @triton.constexpr_function
 def ring_bytes(granules, slots, num_warps):
     """Bytes of the ring of a block: its slots, and a barrier for each."""
-    return num_warps * slots * (granules * 512 * 2 + 8)
+    return num_warps * slots * (granules * ROWS_OF_WARP * GRANULE_BYTES + 8)
 
 
 @triton.constexpr_function
 def start_assembly(granules, slots, num_warps):
-    bytes_of_warp = slots * granules * 1024
+    bytes_of_warp = slots * granules * ROWS_OF_WARP * GRANULE_BYTES
     return f"""{{ .reg .pred p, q; .reg .b32 end, at, warp, lane, barriers; .reg .b64 word, from;
         mov.u32 at, global_smem;
         add.u32 at, at, $3;
@@ -57,7 +57,7 @@ def start_assembly(granules, slots, num_warps):
         fence.proxy.async.shared::cta;
         mov.u32 at, global_smem;
         add.u32 at, at, $3;
-        add.u32 at, at, {num_warps * slots * (granules * 1024 + 8)};
+        add.u32 at, at, {ring_bytes(granules, slots, num_warps)};
         mov.u32 warp, $2;
         COPY:
         setp.ge.u32 p, warp, $5;
@@ -129,6 +129,14 @@ def ask(thread, data, barrier, p_pieces, fetch, wanted, PIECE: tl.constexpr):
         ],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+def next_slot(slot, parity, SLOTS: tl.constexpr):
+    """The slot after one, and the parity of its barrier, which turns at each round."""
+    slot += 1
+    parity = tl.where(slot == SLOTS, 1 - parity, parity)
+    return tl.where(slot == SLOTS, 0, slot), parity
 
 
 @triton.jit

@@ -13,7 +13,17 @@ from kernels.generate.device import load_shares, norm_scale, numbers, prefetch, 
 from kernels.sample.device import exponential_draw, filter_threshold, four_blocks, penalized, philox_word
 
 
-_LOWEST = tl.constexpr(-3.0e38)  # where there is no logit
+_LOWEST = tl.constexpr(-3.0e38)  # where there is no logit: not -inf, whose difference from itself is no number
+
+
+@triton.jit
+def raced(z, ids, positions, lane_numbers, seed_low, seed_high, temperature, GREEDY: tl.constexpr):
+    """Logits as they are drawn from, and scores, the largest of which wins: with Gumbel noise, or greedy without."""
+    score = z
+    if not GREEDY:
+        z = z / temperature
+        score = z - tl.log(exponential_draw(philox_word(seed_low, seed_high, ids, positions, lane_numbers)))
+    return z, score
 
 
 @triton.jit
@@ -32,7 +42,7 @@ def race(
     best = tl.full([BL], float("-inf"), tl.float32)
     best_id = tl.zeros([BL], tl.int32)
     best_raw = tl.full([BL], float("-inf"), tl.float32)
-    largest = tl.full([BL], float("-inf"), tl.float32)
+    largest = tl.full([BL], _LOWEST, tl.float32)
     total = tl.zeros([BL], tl.float32)
     # Counters are taken modulo 2^32, as the definition does.
     lane_number = tl.load(p_lanes + o_l, mask=in_batch, other=0).to(tl.int32)
@@ -55,14 +65,11 @@ def race(
         if PENALTY:
             seen = tl.load(p_seen + o_n, mask=mask, other=0, cache_modifier=".cg") != 0
             z = penalized(raw, seen, penalty)
-        score = z
-        if not GREEDY:
-            z = z / temperature
-            counter = tl.zeros([BL, BR], tl.int32)
-            word = philox_word(
-                seed_low, seed_high, counter + o_v[None, :], counter + position[:, None], counter + lane_number[:, None]
-            )
-            score = z - tl.log(exponential_draw(word))
+        none = tl.zeros([BL, BR], tl.int32)
+        z, score = raced(
+            z, none + o_v[None, :], none + position[:, None], none + lane_number[:, None], seed_low, seed_high,
+            temperature, GREEDY,
+        )  # fmt: skip
         if FILTER:
             tl.store(p_logits + o_n, raw, mask=mask)
             tl.store(p_logits + num_lanes * V + o_n, z, mask=mask)
@@ -75,7 +82,7 @@ def race(
         best_raw = tl.where(better, tl.sum(tl.where(hit, raw, 0.0), 1), best_raw)
         best_id = tl.where(better, top_id, best_id)
         best = tl.maximum(top, best)
-        new_largest = tl.maximum(largest, tl.max(tl.where(ids, raw, float("-inf")), 1))
+        new_largest = tl.maximum(largest, tl.max(tl.where(ids, raw, _LOWEST), 1))
         total = total * tl.exp(largest - new_largest)
         total += tl.sum(tl.where(ids, tl.exp(raw - new_largest[:, None]), 0.0), 1)
         largest = new_largest
@@ -123,11 +130,9 @@ def race_lane(
         if PENALTY:
             seen = tl.load(p_seen + o_v, mask=ids, other=0, cache_modifier=".cg") != 0
             z = penalized(tl.where(ids, raw, 0.0), seen, penalty)
-        score = z
-        if not GREEDY:
-            z = z / temperature
-            word = philox_word(seed_low, seed_high, none + o_v, none + position, none + lane_number)
-            score = z - tl.log(exponential_draw(word))
+        z, score = raced(
+            z, none + o_v, none + position, none + lane_number, seed_low, seed_high, temperature, GREEDY
+        )  # fmt: skip
         if FILTER:
             tl.store(p_logits + V + o_v, z, mask=ids)
             tl.store(p_logits + 2 * V + o_v, score, mask=ids)
@@ -168,9 +173,7 @@ def winner(lane, p_candidate, p_candidate_id, num_lanes, BP: tl.constexpr, SINGL
     plane = tl.num_programs(0) * num_lanes
     score = tl.load(p_candidate + o_c, mask=inside, other=float("-inf"), cache_modifier=".cg")
     raw = tl.load(p_candidate + plane + o_c, mask=inside, other=0.0, cache_modifier=".cg")
-    # A program without ids has -inf, whose difference from itself is no number.
     largest = tl.load(p_candidate + 2 * plane + o_c, mask=inside, other=_LOWEST, cache_modifier=".cg")
-    largest = tl.maximum(largest, _LOWEST)
     total = tl.load(p_candidate + 3 * plane + o_c, mask=inside, other=0.0, cache_modifier=".cg")
     ids = tl.load(p_candidate_id + o_c, mask=inside, other=2**31 - 1, cache_modifier=".cg")
     score, best_id, raw, top, total = best_of(score, ids, raw, largest, total, SINGLE)

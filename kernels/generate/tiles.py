@@ -146,7 +146,7 @@ class PacketTiles:
     Arguments:
         R: rows of a turn. SHARE: threads of a row. WARPS: warps that share the rows.
         G: channels of a granule. GRANULES: of a turn. CH: channels of activations that are gathered together.
-        SLOTS: turns in flight.
+        SLOTS: turns in flight. TABLE: bytes of shared memory for the words of a token's turns.
         CU: value channels of a head that are one unit of memory. BD, BV, BP: D, ids and programs at once, padded.
         BRACE: ids a program races at once. P: programs.
     """
@@ -168,7 +168,7 @@ class PacketTiles:
 
     @property
     def num_warps(self) -> int:
-        return max(4, self.WARPS)
+        return self.WARPS
 
     @property
     def ring_bytes(self) -> int:
@@ -180,7 +180,6 @@ class PacketTiles:
         return asdict(self)
 
 
-_PACKET_WARPS = 8
 _MOST_GRANULES = 6  # of a turn: 48 KB of weights a program
 _MOST_VALUES = 48  # of a thread's activations, which stay in its registers for a phase
 _MOST_SLOTS = 16
@@ -211,7 +210,7 @@ def _choose_packets(shape: BrainShape, dtype: torch.dtype, num_programs: int, in
         channels = min(sizes or [group], key=lambda size: (triton.cdiv(shape.width, size) * size, -size))
         granules, unit, gathered, table = min(triton.cdiv(shape.width, channels), 4), shape.head_width, channels, 0
     else:
-        num_warps = _PACKET_WARPS
+        num_warps = _NUM_WARPS
         rows, share = num_warps * ROWS_OF_WARP, 32 // ROWS_OF_WARP
         channels = GRANULE_BYTES // dtype.itemsize
         together = max(1, group // channels)  # granules that hold whole columns and heads

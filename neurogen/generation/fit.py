@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from kernels.generate.limits import check_quantized, check_shape
 from neurogen.errors import UserError
 from neurogen.generation.packing import brain_shape
@@ -20,13 +18,12 @@ def fits_launch(model: NeuroGen, weights: str | None = None) -> str | None:
     """None if the launch can run this brain, for one lane if matrices are rounded, otherwise why not, in one line."""
     if model.config.token_shift:
         return f"it has no model.token_shift, which is {model.config.token_shift} here"
-    device = model.device
-    if weights is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"a GPU of compute capability 9.0 or more, and this one has {major}.{minor}"
+    shape = brain_shape(model.config, model.vocab_size)
     try:
-        check = check_shape if weights is None else check_quantized
-        check(brain_shape(model.config, model.vocab_size), 1)
+        if weights is None:
+            check_shape(shape, 1)
+        else:
+            check_quantized(shape, 1, model.device)
     except ValueError as error:
         return str(error)
     return None

@@ -190,9 +190,9 @@ def test_a_device_too_small_is_an_error_and_no_loop(monkeypatch: pytest.MonkeyPa
 def test_a_brain_too_wide_for_one_lane_is_named() -> None:
     shape = BrainShape(4096, 128, 128, 12288, 257, 1, 1, 1)
     with pytest.raises(ValueError, match="mlp_width 12288 are too much for int8 weights"):
-        check_quantized(shape, 1)
+        check_quantized(shape, 1, torch.device("cpu"))
     with pytest.raises(ValueError, match="2 lanes; int8 weights are for one"):
-        check_quantized(dataclasses.replace(shape, mlp_width=4096), 2)
+        check_quantized(dataclasses.replace(shape, mlp_width=4096), 2, torch.device("cpu"))
 
 
 def test_an_older_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def test_an_older_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NeuroGen, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     words = (
-        "weights=int8: needs one launch: a GPU of compute capability 9.0 or more, and this one has 8.9; leave it out"
+        "weights=int8: needs one launch: generate: the GPU has compute capability 8.9; int8 weights need 9.0 or more"
     )
     with pytest.raises(UserError, match=words):
         model.generate([[3]], max_new_tokens=1, weights="int8")
