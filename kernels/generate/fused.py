@@ -22,7 +22,7 @@ from kernels.generate.tiles import (
     choose_tiles,
     packet_room,
 )
-from kernels.generate.turns import in_pieces, turn_scales, turn_table
+from kernels.generate.turns import in_pieces, turn_scales
 from kernels.generate.weight_bytes import BYTE_SUM, as_bytes
 from kernels.launch import INTERPRETED, check_launchable, reserve_shared
 from kernels.sample import Sampling
@@ -75,7 +75,7 @@ def generate_fused(
     seen_bytes = seen.to(torch.int8) if penalty and seen is not None else lengths
     filtered = any(filters.values()) and not greedy
     if isinstance(tiles, PacketTiles):
-        table = turn_table(shape, num_programs, tiles.R, tiles.WARPS, tiles.G, tiles.GRANULES, device)
+        table, num_turns = tiles.turns(shape, device)
         most = (2**31 - 1) // table.shape[1]  # turns are counted in 32 bits
         if max_new_tokens > most:
             raise ValueError(f"generate: max_new_tokens is {max_new_tokens}; one launch draws at most {most}")
@@ -100,7 +100,7 @@ def generate_fused(
         fast_weight,
         *scratch,
         torch.zeros(1, dtype=torch.int32, device=device),
-        *([table] if is_packets else [num_lanes]),
+        *([table, num_turns] if is_packets else [num_lanes]),
         shape.num_wernicke,
         shape.num_memory,
         shape.num_broca,

@@ -35,19 +35,29 @@ from kernels.generate.packet_phases import (
     spike_packets,
 )
 from kernels.generate.packets import append, prefetch, send_here, store_here, value_in
-from kernels.generate.ring import ask, next_slot, products, start_ring, wait_for_slot, word_at, words_of
+from kernels.generate.ring import (
+    are_neurons,
+    ask,
+    count_of,
+    next_slot,
+    products,
+    start_ring,
+    wait_for_slot,
+    word_at,
+    words_of,
+)
 from kernels.generate.sampling import all_ended, filtered_winner, race_lane, recent_ids, record, winner
 from kernels.generate.weight_bytes import activation_unit, excess_of, weight_of
 
 
 @triton.jit(do_not_specialize=["num_wernicke", "num_memory", "num_broca", "seed_low", "seed_high", "top_k", "limit",
-                               "num_ids", "num_stop", "num_turns", "ring_offset"])  # fmt: skip
+                               "num_ids", "num_stop", "most_turns", "ring_offset"])  # fmt: skip
 def packet_kernel(
     p_embedding, p_pieces, p_vectors, p_scales,
     p_ids, p_log_probs, p_lengths, p_seen, p_stop, p_lanes, p_positions, p_cortex, p_memory,
-    p_packets, p_candidate, p_candidate_id, p_logits, p_counter, p_table,
+    p_packets, p_candidate, p_candidate_id, p_logits, p_counter, p_table, p_num_turns,
     num_wernicke, num_memory, num_broca, num_ids, num_stop, limit, seed_low, seed_high,
-    temperature, penalty, top_p, log_min_p, top_k, num_turns, ring_offset,
+    temperature, penalty, top_p, log_min_p, top_k, most_turns, ring_offset,
     D: tl.constexpr, C: tl.constexpr, N: tl.constexpr, M: tl.constexpr, V: tl.constexpr, TAPS: tl.constexpr,
     GRADED: tl.constexpr, DELTA: tl.constexpr, GO: tl.constexpr, THETA: tl.constexpr, BETA: tl.constexpr,
     RHO: tl.constexpr, EPS: tl.constexpr,
@@ -97,8 +107,9 @@ def packet_kernel(
     thread = tl.arange(0, R * SHARE)
     o_r = thread // SHARE
     leads = thread % SHARE == 0
-    p_table += tl.program_id(0) * num_turns * 2
-    p_scales += tl.program_id(0) * num_turns * R
+    num_turns = tl.load(p_num_turns + tl.program_id(0))
+    p_table += tl.program_id(0) * most_turns * 2
+    p_scales += tl.program_id(0) * most_turns * R
     total = limit * num_turns
     turn, slot, parity = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
     place, ahead = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
@@ -165,12 +176,6 @@ def packet_kernel(
                 new = tl.load(p_layer + 2 * D + o_n, mask=spiked, other=0, cache_modifier=".cg").to(tl.int32)
 
         if flags & 1:
-            if ((kind == MLP_OUT) & (chunk == 0)) | (kind == DECODE):
-                # The next layer's neurons: their lateral weights, read once a token, are not in L2.
-                ask_for_neurons(
-                    tl.where(kind == DECODE, 0, layer + 1), o_r, thread, p_vectors, num_wernicke, num_memory, num_broca,
-                    D, C, SHARE, cortex_vectors, memory_vectors, R, SINGLE,
-                )  # fmt: skip
             first = chunk * TURN
             if SINGLE:
                 if kind == OUT:
@@ -236,7 +241,7 @@ def packet_kernel(
                 product += excess[0][None, :]
             for i in tl.static_range(GRANULES):
                 piece = (fetch & 0xFFFFFFFF) + i
-                w = tl.load(p_pieces + piece * PIECE + o_r[:, None] * G + o_g, mask=i < (fetch >> 48), other=0)
+                w = tl.load(p_pieces + piece * PIECE + o_r[:, None] * G + o_g, mask=i < count_of(fetch), other=0)
                 product += weight_of(w, INT8) * x[i][None, :]
             out = tl.sum(product, 1)
         else:
@@ -275,6 +280,12 @@ def packet_kernel(
             ask(
                 thread, data + slot * SLOT, barriers + slot * 8, p_pieces, fetch, turn + SLOTS < total, PIECE
             )  # fmt: skip
+            if are_neurons(fetch):
+                # Their lateral weights, read once a token, are not in L2.
+                ask_for_neurons(
+                    word_at(p_table, words, 2 * ahead + 1, SINGLE), o_r, thread, p_vectors, num_wernicke, num_memory,
+                    D, C, SHARE, cortex_vectors, memory_vectors,
+                )  # fmt: skip
             ahead = tl.where(ahead + 1 == num_turns, 0, ahead + 1)
             slot, parity = next_slot(slot, parity, SLOTS)
         place = tl.where(place + 1 == num_turns, 0, place + 1)

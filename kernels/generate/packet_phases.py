@@ -72,18 +72,17 @@ def lateral_sum(
 
 @triton.jit
 def ask_for_neurons(
-    layer, o_r, thread, p_vectors, num_wernicke, num_memory, num_broca, D: tl.constexpr, C: tl.constexpr,
-    SHARE: tl.constexpr, CORTEX: tl.constexpr, MEMORY: tl.constexpr, ROWS: tl.constexpr, SINGLE: tl.constexpr,
+    what, o_r, thread, p_vectors, num_wernicke, num_memory, D: tl.constexpr, C: tl.constexpr,
+    SHARE: tl.constexpr, CORTEX: tl.constexpr, MEMORY: tl.constexpr,
 ):  # fmt: skip
-    """Have what `fetch_neurons` reads of a layer's vectors brought to L2, for the first of a program's ROWS rows, if it
-    is a cortex layer. CORTEX and MEMORY are the lengths of a layer's vectors."""
-    in_broca = layer >= num_wernicke + num_memory
-    if (layer < num_wernicke) | (in_broca & (layer < num_wernicke + num_memory + num_broca)):
-        before = tl.where(in_broca, num_memory, 0)
-        p_vector = p_vectors + (layer - before) * CORTEX + before * MEMORY
-        o_n = tl.minimum(tl.program_id(0) * ROWS + o_r, D - 1)
-        prefetch(p_vector + o_n * C + thread % SHARE * (C // SHARE), SINGLE)
-        prefetch(p_vector + D * C + tl.where(thread % SHARE == 0, 0, D) + o_n, SINGLE)
+    """Have what `fetch_neurons` reads of a layer's vectors brought to L2, for the rows of a turn whose second word in
+    `turn_table` is `what`. CORTEX and MEMORY are the lengths of a layer's vectors."""
+    layer = ((what >> 24) & 4095).to(tl.int32)
+    before = tl.where(layer < num_wernicke, 0, num_memory)
+    p_vector = p_vectors + (layer - before) * CORTEX + before * MEMORY
+    o_n = tl.minimum((what >> 36).to(tl.int32) + o_r, D - 1)
+    prefetch(p_vector + o_n * C + thread % SHARE * (C // SHARE), False)
+    prefetch(p_vector + D * C + tl.where(thread % SHARE == 0, 0, D) + o_n, False)
 
 
 @triton.jit

@@ -104,10 +104,22 @@ def word_at(p_table, words, index, SINGLE: tl.constexpr):
 
 
 @triton.jit
+def count_of(fetch):
+    """How many pieces of a row a turn has, by its first word in `turn_table`."""
+    return (fetch >> 48).to(tl.int32) & 0xFF
+
+
+@triton.jit
+def are_neurons(fetch):
+    """Whether a turn's rows are neurons, by its first word."""
+    return (fetch >> 56) != 0
+
+
+@triton.jit
 def ask(thread, data, barrier, p_pieces, fetch, wanted, PIECE: tl.constexpr):
     """Have a warp's pieces of a turn brought to the slot at `data`, which its threads have read; `wanted` is false past
     the last turn. `fetch` is a word of `turn_table`, PIECE a piece's elements."""
-    count = (fetch >> 48).to(tl.int32)
+    count = count_of(fetch)
     first = (fetch & 0xFFFFFFFF) + (thread >> 5) * ((fetch >> 32) & 0xFFFF)
     # Weights are read once a token, and what else is in L2 should stay there: the policy is evict_first.
     tl.inline_asm_elementwise(

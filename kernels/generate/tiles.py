@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 from kernels.generate.activations import room_bytes
 from kernels.generate.layout import BrainShape
 from kernels.generate.ring import GRANULE_BYTES, ROWS_OF_WARP, ring_bytes
-from kernels.generate.turns import count_turns
+from kernels.generate.turns import turn_table
 
 
 _NUM_WARPS = 8
@@ -175,6 +176,10 @@ class PacketTiles:
         """Of shared memory, besides what the compiler takes."""
         return ring_bytes(self.GRANULES, self.SLOTS, self.WARPS) + self.TABLE
 
+    def turns(self, shape: BrainShape, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What `turn_table` makes for these tiles."""
+        return turn_table(shape, self.P, self.R, self.WARPS, self.G, self.GRANULES, self.CU, device)
+
     def constexprs(self) -> dict[str, int]:
         """Keyword arguments of the kernel."""
         return asdict(self)
@@ -219,13 +224,14 @@ def _choose_packets(shape: BrainShape, dtype: torch.dtype, num_programs: int, in
         granules = triton.cdiv(triton.cdiv(width, triton.cdiv(width, most)), together) * together
         turn = granules * channels
         gathered = min(512, turn & -turn)
-        num_turns = count_turns(shape, num_programs, rows, channels, granules)
-        table = triton.cdiv(num_turns * 16, _TABLE_STEP) * _TABLE_STEP
-        left = _SHARED_BYTES - packet_room(shape, turn) - table
-        slots = max(2, min(_MOST_SLOTS, left // ring_bytes(granules, 1, num_warps)))
         unit = 16
         while unit > 4 and shape.width < 96 * unit:
             unit //= 2
+        unit = min(unit, shape.head_width)
+        turns, _ = turn_table(shape, num_programs, rows, num_warps, channels, granules, unit, torch.device("cpu"))
+        table = triton.cdiv(turns.shape[1] * 16, _TABLE_STEP) * _TABLE_STEP
+        left = _SHARED_BYTES - packet_room(shape, turn) - table
+        slots = max(2, min(_MOST_SLOTS, left // ring_bytes(granules, 1, num_warps)))
     return PacketTiles(
         R=rows,
         SHARE=share,
@@ -235,7 +241,7 @@ def _choose_packets(shape: BrainShape, dtype: torch.dtype, num_programs: int, in
         CH=gathered,
         SLOTS=slots,
         TABLE=table,
-        CU=min(unit, shape.head_width),
+        CU=unit,
         BD=triton.next_power_of_2(shape.width),
         BV=min(1024, triton.next_power_of_2(shape.vocab_size)),
         BP=triton.next_power_of_2(num_programs),

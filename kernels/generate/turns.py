@@ -11,65 +11,139 @@ for using. A kernel that worked it out instead would spend more on that than on 
 
 import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.generate.layout import BrainShape
-from kernels.generate.matrix_order import CORTEX_IN, DECODE, MEMORY_IN, matrices_in_order
+from kernels.generate.matrix_order import CORTEX_IN, DECODE, MEMORY_IN, MLP_OUT, OUT, matrices_in_order
+
+
+class Phase(NamedTuple):
+    """A matrix, and who multiplies by it: block i * P + rank[p] of its rows is program p's i-th, for i < rounds[p]."""
+
+    kind: int
+    layer: int
+    num_rows: int
+    width_in: int
+    halves: int
+    rank: Tensor  # [P]
+    rounds: Tensor  # [P]
+    attends: Tensor  # [P], who has something to do besides
+
+
+def deal(shape: BrainShape, num_programs: int, rows: int, num_units: int) -> list[Phase]:
+    """Deal the blocks of rows of all matrices out so that programs read as many bytes of a token as can be.
+
+    What is left over of a matrix when every program has had as many blocks goes to those that have read least so far.
+    A program that begins with the same ones each time would read a tenth more than the mean, and all wait for it.
+
+    Arguments:
+        rows: of a block. num_units: units of memory, of which each program p < num_units has its own to read and write.
+    """
+    program = torch.arange(num_programs)
+    order = matrices_in_order(shape)
+    state_bytes = 8 * shape.width * shape.head_width // num_units  # float32, read and written
+    lateral_bytes = 4 * rows * shape.column_width
+    gated = shape.num_wernicke + shape.num_memory if shape.go_gate else -1
+    gates = program >= num_programs - shape.num_columns  # as `send_gates` has it
+    has_unit = program < num_units
+
+    def dealt(num_rows: int, rank: Tensor) -> Tensor:
+        return (-(-num_rows // rows) - rank + num_programs - 1).div(num_programs, rounding_mode="floor").clamp(min=0)
+
+    def read_by(num_rows: int, width_in: int, halves: int, rank: Tensor) -> Tensor:
+        return dealt(num_rows, rank) * (2 * rows * width_in * halves)  # in proportion, whatever the type
+
+    # The draw takes ids as they lie.
+    _, _, _, num_rows, width_in, halves = order[-1]
+    load = read_by(num_rows, width_in, halves, program)
+    load += shape.num_memory * state_bytes * has_unit
+    phases: list[Phase] = []
+    for kind, layer, _, num_rows, width_in, halves in order:
+        attends = torch.zeros(num_programs, dtype=torch.bool)
+        if kind == DECODE.value:
+            rank, attends = program, ~attends
+        elif kind == OUT.value and phases[-1].kind == CORTEX_IN.value:
+            rank = phases[-1].rank  # whose spikes it writes to the state
+        else:
+            key = load
+            if kind in (OUT.value, MLP_OUT.value):
+                # Who adds to x must have received it, as who had rows of the phase before has.
+                key = load + (phases[-1].rounds == 0) * (load.max() + 1)
+            rank = torch.empty_like(program)
+            rank[key.argsort(stable=True)] = program
+        rounds = dealt(num_rows, rank)
+        if kind in (OUT.value, MLP_OUT.value):
+            phases[-1].attends.logical_or_(rounds > 0)
+        elif kind == MEMORY_IN.value:
+            attends = has_unit
+        elif kind == CORTEX_IN.value:
+            load = load + rounds.clamp(max=1) * lateral_bytes
+            if layer == gated:
+                attends = gates
+        if kind != DECODE.value:
+            load = load + read_by(num_rows, width_in, halves, rank)
+        phases.append(Phase(kind, layer, num_rows, width_in, halves, rank, rounds, attends.clone()))
+    return phases
 
 
 @functools.lru_cache(maxsize=16)
 def turn_table(
-    shape: BrainShape, num_programs: int, rows: int, num_warps: int, channels: int, granules: int, device: torch.device
-) -> Tensor:
-    """`[P, T, 2]` int64 on the device, T turns a token. Blocks of rows are dealt out in turn, so that all programs
-    together read a matrix from its beginning to its end.
+    shape: BrainShape,
+    num_programs: int,
+    rows: int,
+    num_warps: int,
+    channels: int,
+    granules: int,
+    unit: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """`[P, T, 2]` int64 on the device and `[P]` int32: the turns that a program takes for a token, and how many it has
+    of the T that there is room for. A program takes no part in a phase of which it has no rows, nor other work.
 
     The first word says where the weights lie, in pieces of R / W rows of G channels: bits 0 to 31 where the first
-    warp's begin, 32 to 47 how many pieces further each next warp's do, 48 and up how many there are; 0 where the
-    program has no rows. The second says what they are, for using (see the kernel).
+    warp's begin, 32 to 47 how many pieces further each next warp's do, 48 to 55 how many there are; 0 where the
+    program has no rows. Bit 56 says that the rows are neurons, which need more than their weights. The second word
+    says what they are, for using (see the kernel).
 
     Arguments:
-        rows, num_warps: R and W. channels: of a granule. granules: of a turn, at most.
+        rows, num_warps: R and W. channels: of a granule. granules: of a turn, at most. unit: value channels of a unit
+            of memory.
     """
-    program = torch.arange(num_programs)
-    fetch, use = [], []
+    fetch, use, taken = [], [], []
     base = 0
-    gated = shape.num_wernicke + shape.num_memory if shape.go_gate else -1
-    for kind, layer, _, num_rows, width_in, halves in matrices_in_order(shape):
-        num_units = -(-num_rows // rows)
-        num_pieces = -(-width_in // channels)
+    for phase in deal(shape, num_programs, rows, shape.width // unit):
+        num_blocks = -(-phase.num_rows // rows)
+        num_pieces = -(-phase.width_in // channels)
         num_chunks = -(-num_pieces // granules)
-        each = -(-num_units // num_programs)
-        for row in range(each):
-            unit = row * num_programs + program
-            left = (num_rows - unit * rows).clamp(0, rows)
-            for half in range(halves):
+        for i in range(max(1, int(phase.rounds.max()))):
+            block = i * num_programs + phase.rank
+            has_rows = i < phase.rounds
+            left = (phase.num_rows - block * rows).clamp(0, rows)
+            for half in range(phase.halves):
                 for chunk in range(num_chunks):
-                    starts = row == half == chunk == 0 or num_chunks > 1
-                    ends_rows = chunk == num_chunks - 1
-                    ends = ends_rows and half == halves - 1 and row == each - 1
-                    # Who has no rows gathers nothing, unless it has other work: memory units and gates.
-                    others = kind == MEMORY_IN.value or (kind == CORTEX_IN.value and layer == gated)
-                    begins = starts & ((left > 0) | others)
-                    sends = ends_rows & ((left > 0) | ends)
-                    first = base + (half * num_units + unit) * num_warps * num_pieces + chunk * granules
+                    is_first = i == half == chunk == 0
+                    alone = is_first & phase.attends & ~has_rows
+                    begins = (has_rows & (is_first or num_chunks > 1)) | (alone & (phase.kind != DECODE.value))
+                    sends = has_rows & (chunk == num_chunks - 1)
+                    ends = (sends & (half == phase.halves - 1) & (i + 1 == phase.rounds)) | alone
+                    first = base + (half * num_blocks + block) * num_warps * num_pieces + chunk * granules
                     count = min(granules, num_pieces - chunk * granules)
-                    fetch.append(torch.where(left > 0, first | num_pieces << 32 | count << 48, 0))
-                    what = ends << 2 | half << 3 | kind << 4 | chunk << 8 | layer << 24
-                    use.append(what | begins.long() | sends.long() << 1 | left << 14 | unit * rows << 36)
-        base += halves * num_units * num_warps * num_pieces
-    return torch.stack([torch.stack(fetch, 1), torch.stack(use, 1)], 2).to(device)
-
-
-def count_turns(shape: BrainShape, num_programs: int, rows: int, channels: int, granules: int) -> int:
-    """Turns of a token, T."""
-    total = 0
-    for _, _, _, num_rows, width_in, halves in matrices_in_order(shape):
-        each = -(-num_rows // (rows * num_programs))
-        total += each * halves * -(-width_in // (channels * granules))
-    return total
+                    is_neurons = phase.kind == CORTEX_IN.value and half == chunk == 0
+                    where = first | num_pieces << 32 | count << 48 | is_neurons << 56
+                    fetch.append(torch.where(has_rows, where, 0))
+                    what = half << 3 | phase.kind << 4 | chunk << 8 | phase.layer << 24
+                    use.append(what | begins.long() | sends.long() << 1 | ends.long() << 2 | left << 14 | block * rows << 36)
+                    taken.append(has_rows | alone)
+        base += phase.halves * num_blocks * num_warps * num_pieces
+    is_taken = torch.stack(taken, 1)
+    num_turns = is_taken.sum(1)
+    order = (~is_taken).long().argsort(dim=1, stable=True)[:, : int(num_turns.max())]
+    words = torch.stack([torch.stack(fetch, 1).gather(1, order), torch.stack(use, 1).gather(1, order)], 2)
+    words[torch.arange(words.shape[1]) >= num_turns[:, None]] = 0
+    return words.to(device), num_turns.to(torch.int32).to(device)
 
 
 def in_pieces(shape: BrainShape, matrices: Tensor, decoder: Tensor, rows: int, num_warps: int, channels: int) -> Tensor:

@@ -12,7 +12,7 @@ from kernels.generate.layout import BrainShape
 from kernels.generate.limits import check_quantized
 from kernels.generate.quantized import dequantized, quantize_rows
 from kernels.generate.tiles import choose_packets
-from kernels.generate.turns import in_pieces, turn_table
+from kernels.generate.turns import in_pieces
 from kernels.generate.weight_bytes import BYTE_SUM, as_bytes
 from kernels.sample import Sampling
 from neurogen import NeuroGen
@@ -96,7 +96,7 @@ def test_bytes_and_scales_of_every_turn_give_the_rounded_rows_back(num_programs:
     tiles = choose_packets(brain.shape, torch.int8, num_programs)
     plain = dequantized(brain)
     cut = (tiles.R, tiles.WARPS, tiles.G)
-    table = turn_table(brain.shape, num_programs, *cut, tiles.GRANULES, torch.device("cpu"))
+    table, _ = tiles.turns(brain.shape, torch.device("cpu"))
     scales = _turn_scales(brain, table, tiles.R)
     stored = in_pieces(brain.shape, brain.matrices, brain.decoder, *cut)
     floats = (as_bytes(stored.clone()).int() << 16).view(torch.float32).double() - 128 * 2.0**-133
@@ -104,7 +104,7 @@ def test_bytes_and_scales_of_every_turn_give_the_rounded_rows_back(num_programs:
     of_warp = tiles.R // tiles.WARPS
     for program, turn in torch.cartesian_prod(torch.arange(num_programs), torch.arange(table.shape[1])).tolist():
         fetch, use = table[program, turn].tolist()
-        left, first, stride, count = (use >> 14) & 1023, fetch & 0xFFFFFFFF, (fetch >> 32) & 0xFFFF, fetch >> 48
+        left, first, stride, count = (use >> 14) & 1023, fetch & 0xFFFFFFFF, (fetch >> 32) & 0xFFFF, (fetch >> 48) & 255
         assert not scales[program, turn, left:].any()
         for row in range(left if count else 0):
             piece = first + row // of_warp * stride

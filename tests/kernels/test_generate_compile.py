@@ -93,6 +93,7 @@ def compile_launch(name: str, size: str, lanes: int, dtype_name: str, capability
         "p_packets": "*i32" if dtype.itemsize == 1 else "*i64",
         "p_lengths": "*i32",
         "p_counter": "*i32",
+        "p_num_turns": "*i32",
         "p_candidate_id": "*i32",
         "p_seen": "*i8",
         "p_pieces": "*" + tile,

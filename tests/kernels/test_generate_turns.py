@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kernels.generate.layout import BrainShape
-from kernels.generate.matrix_order import DECODE, matrices_in_order
-from kernels.generate.turns import count_turns, in_pieces, turn_table
+from kernels.generate.matrix_order import CORTEX_IN, DECODE, MEMORY_IN, MLP_IN, MLP_OUT, OUT, matrices_in_order
+from kernels.generate.turns import in_pieces, turn_table
 
 
 @pytest.mark.parametrize(
@@ -18,14 +18,16 @@ def test_every_weight_is_read_once_by_the_warp_that_has_its_row(
     shape = BrainShape(48, 16, 16, 112, 263, 1, 2, 1)
     matrices, decoder = torch.randn(shape.matrices_size), torch.randn(shape.vocab_size, shape.width)
     pieces = in_pieces(shape, matrices, decoder, rows, num_warps, channels)
-    table = turn_table(shape, num_programs, rows, num_warps, channels, granules, torch.device("cpu"))
-    assert table.shape[1] == count_turns(shape, num_programs, rows, channels, granules)
+    table, num_turns = turn_table(shape, num_programs, rows, num_warps, channels, granules, 4, torch.device("cpu"))
+    assert table.shape[1] == int(num_turns.max())
     halves = {(layer, kind): value for kind, layer, *value in matrices_in_order(shape)}
     read = {key: torch.zeros(n[3], n[1], n[2]) for key, n in halves.items()}
     for fetch, use in table.flatten(0, 1).tolist():
         start, layer, chunk, kind, half = use >> 36, (use >> 24) & 4095, (use >> 8) & 63, (use >> 4) & 7, (use >> 3) & 1
-        left, first, stride, count = (use >> 14) & 1023, fetch & 0xFFFFFFFF, (fetch >> 32) & 0xFFFF, fetch >> 48
-        assert (left > 0) == (count > 0)
+        left, first, stride, count = (use >> 14) & 1023, fetch & 0xFFFFFFFF, (fetch >> 32) & 0xFFFF, (fetch >> 48) & 255
+        if count == 0:
+            continue  # nothing to multiply, or past the program's last turn
+        assert left > 0
         offset, num_rows, width_in, _ = halves[layer, kind]
         flat = decoder.flatten() if kind == DECODE.value else matrices
         matrix = flat[offset + half * num_rows * width_in :][: num_rows * width_in].view(num_rows, width_in)
@@ -39,3 +41,54 @@ def test_every_weight_is_read_once_by_the_warp_that_has_its_row(
             assert not ours[len(expected) :].any()
             read[layer, kind][half, start + row, begin : begin + count * channels] += 1
     assert all(bool((count == 1).all()) for count in read.values())
+
+
+BASE = BrainShape(1536, 128, 128, 4096, 50257, 1, 4, 1)
+SMALL = BrainShape(512, 64, 64, 1344, 257, 1, 4, 1)
+
+
+@pytest.mark.parametrize(("shape", "granules", "unit", "most"), [(BASE, 6, 16, 1.02), (SMALL, 2, 4, 1.1)])
+def test_programs_read_equally_much(shape: BrainShape, granules: int, unit: int, most: float) -> None:
+    table, _ = turn_table(shape, 132, 16, 8, 256, granules, unit, torch.device("cpu"))
+    pieces = ((table[..., 0] >> 48) & 255).sum(1).double()
+    assert float(pieces.max() / pieces.mean()) < most
+
+
+@pytest.mark.parametrize("shape", [BASE, SMALL, BrainShape(48, 16, 16, 24, 263, 2, 1, 2)])
+@pytest.mark.parametrize("num_programs", [1, 3, 132])
+def test_who_takes_part_in_a_phase_has_what_it_needs(shape: BrainShape, num_programs: int) -> None:
+    unit = 4
+    table, num_turns = turn_table(shape, num_programs, 16, 8, 256, 6, unit, torch.device("cpu"))
+    order = [(layer, kind) for kind, layer, *_ in matrices_in_order(shape)]
+    for program in range(num_programs):
+        turns = [use for _, use in table[program, : int(num_turns[program])].tolist()]
+        phases = [(use >> 24 & 4095, use >> 4 & 7) for use in turns]
+        assert [order.index(phase) for phase in phases] == sorted(order.index(phase) for phase in phases)
+        received, rows = set(), {}
+        for i, (use, phase) in enumerate(zip(turns, phases)):
+            assert bool(use & 4) == (i + 1 == len(turns) or phases[i + 1] != phase)  # the last one ends it
+            received |= {phase} if use & 1 else set()
+            if use >> 14 & 1023:
+                rows.setdefault(phase, set()).add(use >> 36)
+                assert phase in received
+        assert phases[-1] == order[-1]
+        for layer, kind in rows:
+            if kind == MLP_OUT.value:
+                assert (layer, MLP_IN.value) in received  # and so has what it adds to
+            elif kind == OUT.value and (layer, CORTEX_IN.value) in order:
+                assert rows[layer, kind] == rows[layer, CORTEX_IN.value]  # the state's new spikes are its own
+            elif kind == OUT.value:
+                assert (layer, MEMORY_IN.value) in received
+        for layer, kind in order:
+            if kind == MEMORY_IN.value and program < shape.width // unit:
+                assert (layer, kind) in received
+            if kind == CORTEX_IN.value and layer == shape.num_wernicke + shape.num_memory:
+                assert (layer, kind) in received or program < num_programs - shape.num_columns
+
+
+def test_turns_that_read_lateral_weights_say_so() -> None:
+    table, _ = turn_table(BASE, 132, 16, 8, 256, 6, 16, torch.device("cpu"))
+    fetch, use = table.flatten(0, 1).unbind(1)
+    first = (use >> 4 & 7 == CORTEX_IN.value) & (use >> 3 & 1 == 0) & (fetch != 0)
+    assert torch.equal(fetch >> 56 != 0, first)
+    assert int(first.sum()) == 2 * 1536 // 16
