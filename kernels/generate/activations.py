@@ -8,6 +8,7 @@ import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 import triton
 import triton.language as tl
 
+from kernels.generate.asking import together
 from kernels.generate.packets import append, receive_pairs, value_of
 
 
@@ -64,16 +65,8 @@ def put(place, value):
 
 @triton.jit
 def get(place, PURE: tl.constexpr = False):
-    """What has been put at a place that hangs on `all_put` or `still_put`; with PURE in whatever layout is wanted."""
+    """What has been put at a place that hangs on `together` or `still_put`; with PURE in whatever layout is wanted."""
     return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [place], dtype=tl.float32, is_pure=PURE, pack=1)
-
-
-@triton.jit
-def all_put(room):
-    """The room once all threads have put their values there. (Loads from it hang on this value and so stay behind.)"""
-    return tl.inline_asm_elementwise(
-        "bar.sync 0; mov.u32 $0, $1;", "=r,r", [room], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit
@@ -122,7 +115,7 @@ def get_sum(place, COUNT: tl.constexpr):
 
 @triton.jit
 def gather_blocks(
-    room, p_packets, epoch, K: tl.constexpr, CH: tl.constexpr, START: tl.constexpr, COUNT: tl.constexpr,
+    room, p_packets, epoch, states, K: tl.constexpr, CH: tl.constexpr, START: tl.constexpr, COUNT: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
     """Put COUNT blocks of CH channels into the room, and return their squares `[CH // 2]`, of two channels each."""
@@ -130,7 +123,7 @@ def gather_blocks(
     p = ()
     for i in tl.static_range(COUNT):
         p = append(p, p_packets + tl.minimum((START + i) * CH + o_k, K - 2))
-    values = receive_pairs(p, epoch, COUNT)
+    values = receive_pairs(p, epoch, states, COUNT)
     squares = tl.zeros([CH // 2], tl.float32)
     for i in tl.static_range(COUNT):
         o_c = (START + i) * CH + o_k
@@ -142,20 +135,22 @@ def gather_blocks(
 
 @triton.jit
 def gather_channels(
-    room, sums, p_packets, epoch, K: tl.constexpr, SQUARE: tl.constexpr, PART: tl.constexpr, CH: tl.constexpr,
-    TURN: tl.constexpr, UNIT: tl.constexpr,
+    room, sums, p_packets, epoch, states, K: tl.constexpr, SQUARE: tl.constexpr, PART: tl.constexpr, CH: tl.constexpr,
+    TURN: tl.constexpr, UNIT: tl.constexpr, ASKS: tl.constexpr,
 ):  # fmt: skip
     """Put all K channels, times UNIT, into the room, and zeros behind them to the end of a turn. Returns the room, once
     all is there, and with SQUARE the sum of the channels' squares."""
     BLOCKS: tl.constexpr = (K + CH - 1) // CH
     squares = tl.zeros([CH // 2], tl.float32)
     for start in tl.static_range(0, BLOCKS, 8):
-        squares += gather_blocks(room, p_packets, epoch, K, CH, start, blocks_left(K, CH, start, 8), UNIT)
+        squares += gather_blocks(
+            room, p_packets, epoch, states, K, CH, start, blocks_left(K, CH, start, 8), UNIT
+        )  # fmt: skip
     put_zeros(room, CH, BLOCKS, room_channels(K, 1, TURN) // CH)
     total = tl.full([], 0.0, tl.float32)
     if SQUARE:
         put_sums(sums, squares, PART)
-    ready = all_put(room)
+    ready = together(room, states, ASKS)
     if SQUARE:
         total = get_sum(sums, CH // PART)
     return ready, total
@@ -163,9 +158,9 @@ def gather_channels(
 
 @triton.jit
 def gather_normed_blocks(
-    room, sums, p_packets, p_group, p_gate, epoch, gated, D: tl.constexpr, GO: tl.constexpr, WIDTH: tl.constexpr,
-    PART: tl.constexpr, EPS: tl.constexpr, CH: tl.constexpr, START: tl.constexpr, COUNT: tl.constexpr,
-    UNIT: tl.constexpr,
+    room, sums, p_packets, p_group, p_gate, epoch, states, gated, D: tl.constexpr, GO: tl.constexpr,
+    WIDTH: tl.constexpr, PART: tl.constexpr, EPS: tl.constexpr, CH: tl.constexpr, START: tl.constexpr,
+    COUNT: tl.constexpr, UNIT: tl.constexpr, ASKS: tl.constexpr,
 ):  # fmt: skip
     o_k = tl.arange(0, CH // 2) * 2
     PARTS: tl.constexpr = WIDTH // PART
@@ -176,11 +171,11 @@ def gather_normed_blocks(
         if GO:  # noqa: SIM102, one is decided when compiled
             if i < COUNT:
                 p_one = append(p_one, tl.where(gated, p_gate + o_d // WIDTH, p_packets + o_d))
-    values = receive_pairs(p + p_one, epoch, 2 * COUNT)
+    values = receive_pairs(p + p_one, epoch, states, 2 * COUNT)
     for i in tl.static_range(COUNT):
         square = values[COUNT + i] * values[COUNT + i] + values[3 * COUNT + i] * values[3 * COUNT + i]
         put_sums(sums + (START + i) * (CH // PART * 4), square, PART)
-    ready = all_put(sums)
+    ready = together(sums, states, ASKS)
     for i in tl.static_range(COUNT):
         o_c = (START + i) * CH + o_k
         place = ready + o_c // WIDTH * (PARTS * 4)
@@ -196,8 +191,9 @@ def gather_normed_blocks(
 
 @triton.jit
 def gather_normed(
-    room, sums, p_packets, p_group, p_gate, epoch, gated, D: tl.constexpr, GO: tl.constexpr, WIDTH: tl.constexpr,
-    PART: tl.constexpr, EPS: tl.constexpr, CH: tl.constexpr, TURN: tl.constexpr, UNIT: tl.constexpr,
+    room, sums, p_packets, p_group, p_gate, epoch, states, gated, D: tl.constexpr, GO: tl.constexpr,
+    WIDTH: tl.constexpr, PART: tl.constexpr, EPS: tl.constexpr, CH: tl.constexpr, TURN: tl.constexpr,
+    UNIT: tl.constexpr, ASKS: tl.constexpr,
 ):  # fmt: skip
     """Put `p_packets` `[D]`, times the RMS factor of its group of WIDTH channels in `p_group` `[D]`, UNIT and, if
     `gated`, its gate, into the room. Squares are summed over PART channels within a warp, and these sums are put at
@@ -205,11 +201,11 @@ def gather_normed(
     BLOCKS: tl.constexpr = (D + CH - 1) // CH
     for start in tl.static_range(0, BLOCKS, 4):
         gather_normed_blocks(
-            room, sums, p_packets, p_group, p_gate, epoch, gated,
-            D, GO, WIDTH, PART, EPS, CH, start, blocks_left(D, CH, start, 4), UNIT,
+            room, sums, p_packets, p_group, p_gate, epoch, states, gated,
+            D, GO, WIDTH, PART, EPS, CH, start, blocks_left(D, CH, start, 4), UNIT, ASKS,
         )  # fmt: skip
     put_zeros(room, CH, BLOCKS, room_channels(D, 1, TURN) // CH)
-    return all_put(room)
+    return together(room, states, ASKS)
 
 
 @triton.constexpr_function

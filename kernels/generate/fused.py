@@ -1,5 +1,6 @@
 """Generate N tokens in one cooperative Triton launch."""
 
+import functools
 import math
 from typing import Any
 
@@ -22,7 +23,7 @@ from kernels.generate.tiles import (
     choose_tiles,
     packet_room,
 )
-from kernels.generate.turns import in_pieces, turn_scales
+from kernels.generate.turns import TurnTable, in_pieces, turn_scales
 from kernels.generate.weight_bytes import BYTE_SUM, as_bytes
 from kernels.launch import INTERPRETED, check_launchable, reserve_shared
 from kernels.sample import Sampling
@@ -74,13 +75,14 @@ def generate_fused(
     lengths = torch.zeros(num_lanes, dtype=torch.int32, device=device)
     seen_bytes = seen.to(torch.int8) if penalty and seen is not None else lengths
     filtered = any(filters.values()) and not greedy
+    table = None
     if isinstance(tiles, PacketTiles):
-        table, num_turns = tiles.turns(shape, device)
-        most = (2**31 - 1) // table.shape[1]  # turns are counted in 32 bits
+        table = tiles.turns(shape)
+        most = (2**31 - 1) // max(table.portions.shape[1], table.turns.shape[1])  # they are counted in 32 bits
         if max_new_tokens > most:
             raise ValueError(f"generate: max_new_tokens is {max_new_tokens}; one launch draws at most {most}")
         weights = [brain.embedding, _in_pieces(brain, tiles), brain.vectors, _turn_scales(brain, table, tiles.R)]
-        scratch = _packet_scratch(shape, num_programs, filtered, device, torch.int32 if is_int8 else torch.int64)
+        scratch = _packet_scratch(shape, num_programs, filtered, device, torch.int32 if tiles.NARROW else torch.int64)
     else:
         weights = [brain.embedding, brain.decoder, brain.matrices, brain.vectors]
         scratch = _scratch(shape, tiles, num_lanes, num_programs, filtered, brain.matrices)
@@ -100,7 +102,7 @@ def generate_fused(
         fast_weight,
         *scratch,
         torch.zeros(1, dtype=torch.int32, device=device),
-        *([table, num_turns] if is_packets else [num_lanes]),
+        *(_moved(tiles, shape, device) if isinstance(tiles, PacketTiles) else [num_lanes]),
         shape.num_wernicke,
         shape.num_memory,
         shape.num_broca,
@@ -114,7 +116,7 @@ def generate_fused(
         sampling.top_p,
         math.log(sampling.min_p) if sampling.min_p > 0 else 0.0,
         sampling.top_k,
-        *([table.shape[1], 0] if is_packets else []),
+        *([table.portions.shape[1], table.turns.shape[1], 0] if table else []),
     ]
     constants: dict[str, Any] = dict(
         D=shape.width,
@@ -152,6 +154,13 @@ def generate_fused(
     return GenerateOutput(ids[:, shape.num_taps :].gather(1, column), log_probs, reads, new_state)
 
 
+@functools.lru_cache(maxsize=16)
+def _moved(tiles: PacketTiles, shape: BrainShape, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The table's words, portions before turns, and its counts."""
+    table = tiles.turns(shape)
+    return torch.cat([table.portions, table.turns], 1).to(device), table.counts.to(device)
+
+
 # A brain's pieces, and its scales in the order of turns, for as long as its packed weights live.
 _pieces: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -167,12 +176,12 @@ def _in_pieces(brain: PackedBrain, tiles: PacketTiles) -> Tensor:
     return of_brain[key]
 
 
-def _turn_scales(brain: PackedBrain, table: Tensor, rows: int) -> Tensor:
+def _turn_scales(brain: PackedBrain, table: TurnTable, rows: int) -> Tensor:
     """What each turn's sums are multiplied by, made once too; something of float32 where they are left as they are."""
     if brain.scales is None:
         return brain.vectors
     of_brain = _pieces.setdefault(brain.matrices, {})
-    key = ("scales", *table.shape, rows)
+    key = ("scales", *table.turns.shape, rows)
     if key not in of_brain:
         of_brain[key] = turn_scales(brain.shape, table, brain.scales * BYTE_SUM, rows)
     return of_brain[key]

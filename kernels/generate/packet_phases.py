@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from kernels.generate.activations import get, room_place, still_put
+from kernels.generate.asking import release
 from kernels.generate.device import is_active, sigmoid, silu
 from kernels.generate.packets import (
     append,
@@ -75,12 +76,12 @@ def ask_for_neurons(
     what, o_r, thread, p_vectors, num_wernicke, num_memory, D: tl.constexpr, C: tl.constexpr,
     SHARE: tl.constexpr, CORTEX: tl.constexpr, MEMORY: tl.constexpr,
 ):  # fmt: skip
-    """Have what `fetch_neurons` reads of a layer's vectors brought to L2, for the rows of a turn whose second word in
-    `turn_table` is `what`. CORTEX and MEMORY are the lengths of a layer's vectors."""
+    """Have what `fetch_neurons` reads of a layer's vectors brought to L2, for the rows of a turn, whose word in
+    `TurnTable` is `what`. CORTEX and MEMORY are the lengths of a layer's vectors."""
     layer = ((what >> 24) & 4095).to(tl.int32)
     before = tl.where(layer < num_wernicke, 0, num_memory)
     p_vector = p_vectors + (layer - before) * CORTEX + before * MEMORY
-    o_n = tl.minimum((what >> 36).to(tl.int32) + o_r, D - 1)
+    o_n = tl.minimum(((what >> 36) & 0xFFFFFF).to(tl.int32) + o_r, D - 1)
     prefetch(p_vector + o_n * C + thread % SHARE * (C // SHARE), False)
     prefetch(p_vector + D * C + tl.where(thread % SHARE == 0, 0, D) + o_n, False)
 
@@ -209,7 +210,7 @@ def unit_gates(
 
 @triton.jit
 def memory_packets(
-    unit, room, square, p_x, p_vector, p_inner, p_group, p_y, p_state, p_lengths, step,
+    unit, room, states, square, p_x, p_vector, p_inner, p_group, p_y, p_state, p_lengths, step,
     D: tl.constexpr, N: tl.constexpr, DELTA: tl.constexpr, EPS: tl.constexpr, CU: tl.constexpr, BD: tl.constexpr,
     UNIT: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
@@ -241,7 +242,7 @@ def memory_packets(
     p = (p_here + 2 * D, p_here + (2 * D + 2), p_here + 3 * D, p_here + (3 * D + 2))
     for i in tl.static_range(Q):
         p = append(append(p, p_head + i * NR), p_head + (D + i * NR))
-    got = receive_pairs(p, epoch, 4, SINGLE)
+    got = receive_pairs(p, epoch, states, 4, SINGLE)
     v = (got[0], got[4], got[1], got[5])
     gate = (got[2], got[6], got[3], got[7])
     q, k = silu(got[8]), silu(got[9])
@@ -254,6 +255,7 @@ def memory_packets(
         norms = (norms[0] + q * q, norms[1] + k * k, norms[2] + q * k)
     sums = sum_together(w_q + norms + w_k if DELTA else w_q + norms, SINGLE)
     q_factor, k_factor = tl.rsqrt(sums[4] + EPS)[None, :], tl.rsqrt(sums[5] + EPS)[None, :]
+    release(states, 0, SINGLE)
     overlap = sums[6][None, :] * q_factor * k_factor
     written, read = (), ()
     for j in tl.static_range(4):

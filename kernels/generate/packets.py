@@ -16,6 +16,8 @@ import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 import triton
 import triton.language as tl
 
+from kernels.generate.asking import ask_lines, state_lines
+
 
 @triton.jit
 def append(items, item):
@@ -136,35 +138,44 @@ def store_four(p, values, mask, SINGLE: tl.constexpr):
 
 @triton.constexpr_function
 def poll_pairs_assembly(pairs, singles, wide):
-    """Assembly that polls pairs of packets and single ones until all bear the number in the last operand; the first
-    values of all pairs come first, then the second ones, then the single ones."""
-    count = 2 * pairs + singles
-    pointer, epoch = count, count + pairs + singles
+    """Assembly that polls pairs of packets and single ones until all of the warp's bear the number in the last operand
+    but one; the first values of all pairs come first, then the second ones, then the single ones. The last operand is
+    where the warps' states are, as it asks for weights meanwhile."""
+    count, places = 2 * pairs + singles, pairs + singles
+    pointer, epoch = count, count + places
     packet, size = ("d{}", "b64") if wide else ("${}", "b32")
-    lines = [f"{{ .reg .pred p; .reg .b32 wrong; .reg .u32 e<{count}>; .reg .b64 d<{count}>;", "POLL:"]
-    for i in range(pairs):
-        pair = f"{{{packet.format(i)}, {packet.format(pairs + i)}}}"
-        lines.append(f"ld.relaxed.gpu.global.v2.{size} {pair}, [${pointer + i}];")
-    for i in range(singles):
-        lines.append(f"ld.relaxed.gpu.global.{size} {packet.format(2 * pairs + i)}, [${pointer + pairs + i}];")
+    lines = [f"{{ .reg .pred p, q<{places}>; .reg .b32 wrong; .reg .u32 e<{count}>; .reg .b64 d<{count}>;"]
+    lines += [*state_lines(f"${epoch + 1}"), *(f"setp.eq.u32 q{i}, 0, 0;" for i in range(places)), "POLL:"]
+    for i in range(places):
+        # Only what has not come is read again.
+        if i < pairs:
+            pair = f"{{{packet.format(i)}, {packet.format(pairs + i)}}}"
+            lines.append(f"@q{i} ld.relaxed.gpu.global.v2.{size} {pair}, [${pointer + i}];")
+        else:
+            lines.append(f"@q{i} ld.relaxed.gpu.global.{size} {packet.format(pairs + i)}, [${pointer + i}];")
     if wide:
         lines += [f"mov.b64 {{${i}, e{i}}}, d{i};" for i in range(count)]
-        lines += [f"setp.ne.u32 p, e0, ${epoch};"]
-        lines += [f"setp.ne.or.u32 p, e{i}, ${epoch}, p;" for i in range(1, count)]
-    else:
-        lines += ["mov.b32 wrong, 0;"]
-        lines += [f"lop3.b32 wrong, ${i}, ${epoch}, wrong, 0xbe;" for i in range(count)]  # wrong | (packet ^ epoch)
-        lines += ["and.b32 wrong, wrong, 3;", "setp.ne.u32 p, wrong, 0;"]
-    return "\n".join([*lines, "@p bra POLL; }"])
+    for i in range(places):
+        of_place = [i, pairs + i] if i < pairs else [pairs + i]
+        if wide:
+            lines += [f"setp.ne.u32 q{i}, e{of_place[0]}, ${epoch};"]
+            lines += [f"setp.ne.or.u32 q{i}, e{k}, ${epoch}, q{i};" for k in of_place[1:]]
+        else:
+            lines += ["mov.b32 wrong, 0;"]
+            lines += [f"lop3.b32 wrong, ${k}, ${epoch}, wrong, 0xbe;" for k in of_place]  # wrong | (packet ^ epoch)
+            lines += [f"and.b32 wrong, wrong, 3; setp.ne.u32 q{i}, wrong, 0;"]
+    lines += ["mov.pred p, q0;", *(f"or.pred p, p, q{i};" for i in range(1, places))]
+    lines += ["vote.sync.any.pred p, p, 0xffffffff; @!p bra DONE;", *ask_lines(), "bra POLL; DONE: }"]
+    return "\n".join(lines)
 
 
 @triton.constexpr_function
 def poll_pairs_constraints(pairs, singles):
-    return ",".join(["=&r"] * (2 * pairs + singles) + ["l"] * (pairs + singles) + ["r"])
+    return ",".join(["=&r"] * (2 * pairs + singles) + ["l"] * (pairs + singles) + ["r", "r"])
 
 
 @triton.jit
-def receive_pairs(p_packets, epoch, PAIRS: tl.constexpr, SINGLE: tl.constexpr = False):
+def receive_pairs(p_packets, epoch, states, PAIRS: tl.constexpr, SINGLE: tl.constexpr = False):
     """Values at a tuple of pointers (of one shape), once all of a thread's bear the number `epoch`: at the first PAIRS
     pointers, at even places, then those behind them, then those at the other pointers."""
     SINGLES: tl.constexpr = len(p_packets) - PAIRS
@@ -184,7 +195,8 @@ def receive_pairs(p_packets, epoch, PAIRS: tl.constexpr, SINGLE: tl.constexpr = 
         while again > 0:
             bits = tl.inline_asm_elementwise(
                 poll_pairs_assembly(PAIRS, SINGLES, WIDE), poll_pairs_constraints(PAIRS, SINGLES),
-                append(p_packets, epochs), dtype=(tl.int32,) * (2 * PAIRS + SINGLES), is_pure=False, pack=1,
+                append(append(p_packets, epochs), epochs * 0 + states), dtype=(tl.int32,) * (2 * PAIRS + SINGLES),
+                is_pure=False, pack=1,
             )  # fmt: skip
             again = epoch * 0
         for i in tl.static_range(2 * PAIRS + SINGLES):

@@ -1,9 +1,9 @@
 """Weights on their way to the products of one lane: for each warp a ring of slots in shared memory.
 
-A warp asks for its rows of a turn by one bulk copy, waits for them at a barrier of its own, reads them and, as soon as
-it has, asks for those of the turn that will have the same slot. No warp waits for another: while one waits for
-shared memory or for its sums, the others of its scheduler multiply. (The compiler's own pipeline fetches a tile for the
-whole block and takes five barriers and a fence of all threads a turn.)
+A warp asks for its rows of a portion by one bulk copy, waits for them at a barrier of its own, and reads them; the slot
+is then free for a later portion, which is asked for when it is time (`kernels.generate.asking`). No warp waits for
+another: while one waits for shared memory or for its sums, the others of its scheduler multiply. (The compiler's own
+pipeline fetches a tile for the whole block and takes five barriers and a fence of all threads each time.)
 
 What `[T]` is has an element for each thread: T / R of them, neighbours in a warp, share a row. For this the compiler's
 layout of a one-dimensional tensor of as many elements as there are threads is taken: element i is thread i's.
@@ -15,7 +15,10 @@ import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 import triton
 import triton.language as tl
 
+from kernels.generate.activations import room_place
+from kernels.generate.asking import PIECE_BYTES, STATE_BYTES, state_lines, wait_lines
 from kernels.generate.packets import append
+from kernels.generate.weight_bytes import EXCESS_OF_BYTE
 
 GRANULE_BYTES = 512  # of a row: what a warp reads in one go, 16 bytes a thread
 ROWS_OF_WARP = 2
@@ -23,14 +26,20 @@ ROWS_OF_WARP = 2
 
 @triton.constexpr_function
 def ring_bytes(granules, slots, num_warps):
-    """Bytes of the ring of a block: its slots, and a barrier for each."""
-    return num_warps * slots * (granules * ROWS_OF_WARP * GRANULE_BYTES + 8)
+    """Bytes of the ring of a block: its slots, a barrier for each, what each warp asks by, and a barrier of all."""
+    return num_warps * (slots * (granules * PIECE_BYTES + 8) + STATE_BYTES) + 16
 
 
 @triton.constexpr_function
-def start_assembly(granules, slots, num_warps):
-    bytes_of_warp = slots * granules * ROWS_OF_WARP * GRANULE_BYTES
-    return f"""{{ .reg .pred p, q; .reg .b32 end, at, warp, lane, barriers; .reg .b64 word, from;
+def all_states_bytes(num_warps):
+    return num_warps * STATE_BYTES + 16
+
+
+@triton.constexpr_function
+def start_assembly(granules, slots, num_warps, pace):
+    bytes_of_warp = slots * granules * PIECE_BYTES
+    states = num_warps * slots * (granules * PIECE_BYTES + 8)
+    return f"""{{ .reg .pred p, q; .reg .b32 end, at, warp, lane, barriers, zero, num, both; .reg .b64 word, from;
         mov.u32 at, global_smem;
         add.u32 at, at, $3;
         and.b32 lane, $2, 31;
@@ -57,7 +66,25 @@ def start_assembly(granules, slots, num_warps):
         fence.proxy.async.shared::cta;
         mov.u32 at, global_smem;
         add.u32 at, at, $3;
-        add.u32 at, at, {ring_bytes(granules, slots, num_warps)};
+        add.u32 at, at, {states};
+        mad.lo.u32 end, warp, {STATE_BYTES}, at;
+        add.u32 at, at, {num_warps * STATE_BYTES};
+        mov.u32 zero, $2;
+        setp.eq.u32 p, zero, 0;
+        @p mbarrier.init.shared.b64 [at], {num_warps};
+        mov.u32 both, at;
+        add.u32 at, at, 16;
+        mov.u32 zero, 0;
+        mov.u32 num, {slots};
+        @q st.shared.v4.b32 [end], {{zero, $8, zero, num}};
+        mov.u32 num, {granules * PIECE_BYTES};
+        @q st.shared.v4.b32 [end + 32], {{$0, $1, at, num}};
+        mov.u32 num, {pace};
+        mov.u32 zero, %clock;
+        @q st.shared.v4.b32 [end + 16], {{zero, num, zero, both}};
+        mov.u32 num, {slots};
+        @q st.shared.b64 [end + 48], $6;
+        @q st.shared.v2.b32 [end + 56], {{$7, num}};
         mov.u32 warp, $2;
         COPY:
         setp.ge.u32 p, warp, $5;
@@ -73,14 +100,24 @@ def start_assembly(granules, slots, num_warps):
 
 
 @triton.jit
-def start_ring(thread, offset, p_table, num_words, GRANULES: tl.constexpr, SLOTS: tl.constexpr, WARPS: tl.constexpr):
-    """Zeros in all slots, as a turn with fewer granules leaves the others' bytes where they are, barriers, and behind
-    them the program's words of the table. Returns where a thread's bytes of its warp's first slot are, and the warp's
-    first barrier, `[T]` each."""
+def start_ring(
+    thread, offset, p_table, num_words, p_pieces, num_portions, total, GRANULES: tl.constexpr, SLOTS: tl.constexpr,
+    WARPS: tl.constexpr, PACE: tl.constexpr,
+):  # fmt: skip
+    """Zeros in all slots, as a portion with fewer granules leaves the others' bytes where they are, barriers, what
+    `kernels.generate.asking` needs, and behind them the program's words of the table. Returns where a thread's bytes of
+    its warp's first slot are, and the warp's first barrier, `[T]` each."""
     return tl.inline_asm_elementwise(
-        start_assembly(GRANULES, SLOTS, WARPS), "=&r,=&r,r,r,l,r", [thread, offset, p_table, num_words],
+        start_assembly(GRANULES, SLOTS, WARPS, PACE), "=&r,=&r,r,r,l,r,l,r,r",
+        [thread, offset, p_table, num_words, p_pieces, num_portions, total],
         dtype=(tl.int32, tl.int32), is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+def states_of(offset, GRANULES: tl.constexpr, SLOTS: tl.constexpr, WARPS: tl.constexpr):
+    """Where `start_ring` has put what the first warp asks by."""
+    return words_of(offset - all_states_bytes(WARPS), GRANULES, SLOTS, WARPS)
 
 
 @triton.jit
@@ -94,7 +131,7 @@ def words_of(offset, GRANULES: tl.constexpr, SLOTS: tl.constexpr, WARPS: tl.cons
 
 @triton.jit
 def word_at(p_table, words, index, SINGLE: tl.constexpr):
-    """A word of the table: a turn is too short to wait for one from L2."""
+    """Words of the table: a turn is too short to wait for one from L2."""
     if SINGLE:
         return tl.load(p_table + index)
     else:
@@ -104,130 +141,172 @@ def word_at(p_table, words, index, SINGLE: tl.constexpr):
 
 
 @triton.jit
-def count_of(fetch):
-    """How many pieces of a row a turn has, by its first word in `turn_table`."""
-    return (fetch >> 48).to(tl.int32) & 0xFF
-
-
-@triton.jit
-def are_neurons(fetch):
-    """Whether a turn's rows are neurons, by its first word."""
-    return (fetch >> 56) != 0
-
-
-@triton.jit
-def ask(thread, data, barrier, p_pieces, fetch, wanted, PIECE: tl.constexpr):
-    """Have a warp's pieces of a turn brought to the slot at `data`, which its threads have read; `wanted` is false past
-    the last turn. `fetch` is a word of `turn_table`, PIECE a piece's elements."""
-    count = count_of(fetch)
-    first = (fetch & 0xFFFFFFFF) + (thread >> 5) * ((fetch >> 32) & 0xFFFF)
-    # Weights are read once a token, and what else is in L2 should stay there: the policy is evict_first.
-    tl.inline_asm_elementwise(
-        """{ .reg .pred p; .reg .b64 policy;
-        bar.warp.sync 0xffffffff;
-        setp.eq.u32 p, $5, 0;
-        @p bra ASKED;
-        mbarrier.arrive.expect_tx.shared::cta.b64 _, [$2], $4;
-        setp.eq.u32 p, $4, 0;
-        @p bra ASKED;
-        mov.b64 policy, 0x12F0000000000000;
-        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [$1], [$3], $4, [$2], policy;
-        ASKED: mov.u32 $0, 0; }""",
-        "=r,r,r,l,r,r",
-        [
-            data, barrier, p_pieces + first * PIECE,
-            count * (PIECE * p_pieces.dtype.element_ty.primitive_bitwidth // 8),
-            ((thread & 31) == 0).to(tl.int32) * wanted.to(tl.int32),
-        ],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def next_slot(slot, parity, SLOTS: tl.constexpr):
-    """The slot after one, and the parity of its barrier, which turns at each round."""
-    slot += 1
-    parity = tl.where(slot == SLOTS, 1 - parity, parity)
-    return tl.where(slot == SLOTS, 0, slot), parity
-
-
-@triton.jit
-def wait_for_slot(barrier, parity):
-    """Until the slot's bytes are there."""
-    tl.inline_asm_elementwise(
-        """{ .reg .pred p;
-        WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2;
-        @!p bra WAIT;
-        mov.u32 $0, 0; }""",
-        "=r,r,r", [barrier, parity], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+def next_slot(slot, parity, count, SLOTS: tl.constexpr):
+    """The slot `count` after one, and the parity of its barrier, which turns at each round."""
+    slot += count
+    parity = tl.where(slot >= SLOTS, 1 - parity, parity)
+    return tl.where(slot >= SLOTS, slot - SLOTS, slot), parity
 
 
 @triton.constexpr_function
-def products_assembly(granules, bits, excess):
-    """Assembly of `products`: operands are the result, a thread's bytes of the slot, the barrier, its parity, the
-    activations and, with int8 weights, what the sums of each word begin with."""
+def multiply_lines(granule, portion, bits, x):
+    """Lines that multiply a thread's weights of a granule, in v of the portion, by the registers x, and add them to the
+    portion's a: of two rows, four sums each."""
+    lines = []
+    for row in range(2):
+        for k in range(4):
+            word, total = f"v{portion}_{8 * granule + 4 * row + k}", f"a{8 * portion + 4 * row + k}"
+            for j in range(len(x) // 4):
+                if bits == 32:
+                    weight = f"mov.b32 t, {word};"
+                elif bits == 16:
+                    weight = f"shl.b32 w0, {word}, 16;" if j == 0 else f"and.b32 w0, {word}, 0xffff0000;"
+                    weight += " mov.b32 t, w0;"
+                else:
+                    weight = f"prmt.b32 w0, {word}, 0, 0x4{j}44; mov.b32 t, w0;"
+                lines.append(f"{weight} fma.rn.f32 {total}, t, {x[k * len(x) // 4 + j]}, {total};")
+    return lines
+
+
+@triton.constexpr_function
+def weight_lines(granule, portion, address):
+    """Lines that read a thread's weights of a granule."""
+    lines = []
+    for row in range(2):
+        words = ", ".join(f"v{portion}_{8 * granule + 4 * row + k}" for k in range(4))
+        lines.append(f"ld.shared.v4.b32 {{{words}}}, [{address} + {(2 * granule + row) * 512}];")
+    return lines
+
+
+@triton.constexpr_function
+def sum_lines(portions):
+    """Lines that sum each portion's a over the warp, its results from $0 on."""
+    lines = ["mov.u32 lane, %laneid; setp.lt.u32 p, lane, 16;"]
+    for i in range(portions):
+        a = [f"a{8 * i + k}" for k in range(8)]
+        lines += [
+            f"add.f32 {a[0]}, {a[0]}, {a[1]}; add.f32 {a[2]}, {a[2]}, {a[3]}; add.f32 {a[0]}, {a[0]}, {a[2]};",
+            f"add.f32 {a[4]}, {a[4]}, {a[5]}; add.f32 {a[6]}, {a[6]}, {a[7]}; add.f32 {a[4]}, {a[4]}, {a[6]};",
+            # Each half of the warp keeps one row and hands on the other.
+            f"selp.f32 ${i}, {a[0]}, {a[4]}, p; selp.f32 {a[2]}, {a[4]}, {a[0]}, p;",
+        ]
+    for step in (16, 8, 4, 2, 1):
+        for i in range(portions):
+            given = f"a{8 * i + 2}" if step == 16 else f"${i}"
+            lines.append(f"mov.b32 w{i}, {given}; shfl.sync.bfly.b32 w{i}, w{i}, {step}, 31, 0xffffffff;")
+        lines += [f"mov.b32 t, w{i}; add.f32 ${i}, ${i}, t;" for i in range(portions)]
+    return lines
+
+
+@triton.constexpr_function
+def products_assembly(granules, bits, excess, portions):
+    """Assembly of `products`: operands are the results, of each portion a thread's bytes of the slot, the barrier and
+    its parity, the activations and, with int8 weights, what the sums of each word begin with."""
     channels = 128 // bits  # of a thread in a granule
-    of_word = channels // 4
-    x = [f"${4 + i}" for i in range(granules * channels)]
-    start = [f"${4 + len(x) + i}" for i in range(4)] if excess else ["0f00000000"] * 4
-    lines = [
-        f"{{ .reg .pred p; .reg .b32 w<2>, lane, v<{8 * granules}>; .reg .f32 a<8>, t;",
-        "WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$2], $3;",
-        "@!p bra WAIT;",
-    ]
-    for i in range(granules):
-        for row in range(2):
-            words = ", ".join(f"v{8 * i + 4 * row + k}" for k in range(4))
-            lines.append(f"ld.shared.v4.b32 {{{words}}}, [$1 + {(2 * i + row) * 512}];")
-    lines += [f"mov.f32 a{4 * row + k}, {start[k]};" for row in range(2) for k in range(4)]
-    for i in range(granules):
-        for row in range(2):
-            for k in range(4):
-                word, total = f"v{8 * i + 4 * row + k}", f"a{4 * row + k}"
-                for j in range(of_word):
-                    value = x[i * channels + k * of_word + j]
-                    if bits == 32:
-                        weight = f"mov.b32 t, {word};"
-                    elif bits == 16:
-                        weight = f"shl.b32 w0, {word}, 16;" if j == 0 else f"and.b32 w0, {word}, 0xffff0000;"
-                        weight += " mov.b32 t, w0;"
-                    else:
-                        weight = f"prmt.b32 w0, {word}, 0, 0x4{j}44; mov.b32 t, w0;"
-                    lines.append(f"{weight} fma.rn.f32 {total}, t, {value}, {total};")
-    lines += [
-        "add.f32 a0, a0, a1; add.f32 a2, a2, a3; add.f32 a0, a0, a2;",
-        "add.f32 a4, a4, a5; add.f32 a6, a6, a7; add.f32 a4, a4, a6;",
-        # Each half of the warp keeps one row and hands on the other.
-        "mov.u32 lane, %laneid; setp.lt.u32 p, lane, 16;",
-        "selp.f32 a1, a0, a4, p; selp.f32 a2, a4, a0, p;",
-        "mov.b32 w0, a2; shfl.sync.bfly.b32 w1, w0, 16, 31, 0xffffffff; mov.b32 t, w1; add.f32 a1, a1, t;",
-    ]
-    for step in (8, 4, 2, 1):
-        lines.append(f"mov.b32 w0, a1; shfl.sync.bfly.b32 w1, w0, {step}, 31, 0xffffffff; mov.b32 t, w1;")
-        lines.append("add.f32 a1, a1, t;")
-    return "\n".join([*lines, "mov.f32 $0, a1; }"])
+    first = 4 * portions + 1
+    x = [f"${first + i}" for i in range(granules * channels)]
+    start = [f"${first + len(x) + i}" for i in range(4)] if excess else ["0f00000000"] * 4
+    lines = [f"{{ .reg .pred p; .reg .b32 w<2>, lane; .reg .f32 a<{8 * portions}>, t;", *state_lines(f"${first - 1}")]
+    lines += [f".reg .b32 v{i}_<{8 * granules}>;" for i in range(portions)]
+    lines += [f"mov.f32 a{4 * row + k}, {start[k]};" for row in range(2 * portions) for k in range(4)]
+    for i in range(portions):
+        data, barrier, parity = (f"${portions + 3 * i + k}" for k in range(3))
+        lines += wait_lines(barrier, parity, f"WAIT{i}")
+        for granule in range(granules):
+            lines += weight_lines(granule, i, data)
+        for granule in range(granules):
+            lines += multiply_lines(granule, i, bits, x[granule * channels : (granule + 1) * channels])
+    return "\n".join([*lines, *sum_lines(portions), "}"])
 
 
 @triton.constexpr_function
-def products_constraints(granules, bits, excess):
+def products_constraints(granules, bits, excess, portions):
     count = granules * (128 // bits) + (4 if excess else 0)
-    return ",".join(["=&f", "r", "r", "r"] + ["f"] * count)
+    return ",".join(["=&f"] * portions + ["r", "r", "r"] * portions + ["r"] + ["f"] * count)
 
 
 @triton.jit
-def products(data, barrier, parity, x, start, GRANULES: tl.constexpr, BITS: tl.constexpr, EXCESS: tl.constexpr):
-    """A turn's rows times the activations x, a tuple of `[T]`, once its weights are there; `[T]`, the same for all
-    threads of a row. With EXCESS the sums of each of a thread's words begin with one of `start`."""
-    operands = (data, barrier, tl.zeros(data.shape, tl.int32) + parity)
+def products(
+    data, barriers, states, slot, parity, x, start, GRANULES: tl.constexpr, BITS: tl.constexpr, EXCESS: tl.constexpr,
+    PORTIONS: tl.constexpr, SLOT: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """A portion's rows, or those of two, times the activations x, a tuple of `[T]`, once the weights are in their
+    slots, from `slot` on; for each portion `[T]`, the same for all threads of a row. With EXCESS the sums of each of a
+    thread's words begin with one of `start`."""
+    operands = ()
+    for i in tl.static_range(PORTIONS):  # noqa: B007
+        operands = append(operands, data + slot * SLOT)
+        operands = append(operands, barriers + slot * 8)
+        operands = append(operands, tl.zeros(data.shape, tl.int32) + parity)
+        slot, parity = next_slot(slot, parity, 1, SLOTS)
+    operands = append(operands, tl.zeros(data.shape, tl.int32) + states)
     for i in tl.static_range(GRANULES * (128 // BITS)):
         operands = append(operands, x[i])
     if EXCESS:
         for i in tl.static_range(4):
             operands = append(operands, start[i])
     return tl.inline_asm_elementwise(
-        products_assembly(GRANULES, BITS, EXCESS), products_constraints(GRANULES, BITS, EXCESS), operands,
-        dtype=tl.float32, is_pure=False, pack=1,
+        products_assembly(GRANULES, BITS, EXCESS, PORTIONS), products_constraints(GRANULES, BITS, EXCESS, PORTIONS),
+        operands, dtype=(tl.float32,) * PORTIONS if PORTIONS > 1 else tl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.constexpr_function
+def chunks_assembly(granules, bits, slots, slot_bytes, turn_bytes, excess):
+    """Assembly of `products_of_chunks`: operands are the result, a thread's bytes of the first slot, the first barrier,
+    the slot, its parity, how many portions, where the activations and the states are and, with int8 weights, what a
+    byte has more."""
+    channels = 128 // bits
+    lines = [
+        "{ .reg .pred p; .reg .b32 w<2>, lane, slot, parity, left, place, at, barrier; .reg .f32 a<8>, t, e<4>;",
+        f".reg .b32 v0_<{8 * granules}>; .reg .f32 x<{granules * channels}>;",
+        "mov.u32 slot, $3; mov.u32 parity, $4; mov.u32 left, $5; mov.u32 place, $6;",
+        *state_lines("$7"),
+        *(f"mov.f32 a{i}, 0f00000000;" for i in range(8)),
+        *(f"mov.f32 e{i}, 0f00000000;" for i in range(4)),
+        f"NEXT: mad.lo.u32 at, slot, {slot_bytes}, $1; mad.lo.u32 barrier, slot, 8, $2;",
+    ]
+    for granule in range(granules):
+        for i in range(channels // 4):
+            channel = granule * 32 * channels
+            values = ", ".join(f"x{granule * channels + 4 * i + k}" for k in range(4))
+            lines.append(f"ld.shared.v4.f32 {{{values}}}, [place + {channel * 4 + channel // 32 * 16 + 16 * i}];")
+    lines += wait_lines("barrier", "parity", "WAIT")
+    for granule in range(granules):
+        lines += weight_lines(granule, 0, "at")
+    for granule in range(granules):
+        x = [f"x{granule * channels + i}" for i in range(channels)]
+        lines += multiply_lines(granule, 0, bits, x)
+        if excess:
+            lines += [f"add.f32 e{i // 4}, e{i // 4}, {value};" for i, value in enumerate(x)]
+    lines += [
+        f"add.u32 place, place, {turn_bytes}; add.u32 slot, slot, 1;",
+        f"setp.eq.u32 p, slot, {slots}; selp.b32 slot, 0, slot, p; @p xor.b32 parity, parity, 1;",
+        "sub.u32 left, left, 1; setp.ne.u32 p, left, 0; @p bra NEXT;",
+    ]
+    if excess:
+        lines += [f"fma.rn.f32 a{4 * row + k}, e{k}, $8, a{4 * row + k};" for row in range(2) for k in range(4)]
+    return "\n".join([*lines, *sum_lines(1), "}"])
+
+
+@triton.jit
+def products_of_chunks(
+    data, barriers, states, slot, parity, count, room, first, thread, GRANULES: tl.constexpr, BITS: tl.constexpr,
+    INT8: tl.constexpr, SLOT: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """As `products`, for `count` portions of the same rows and different channels, from channel `first` on, whose
+    activations are in the room; `[T]`."""
+    TURN: tl.constexpr = GRANULES * 32 * (128 // BITS)
+    none = thread * 0
+    operands = (
+        data, barriers, none + slot, none + parity, none + count,
+        room + room_place(first) + room_place((thread & 31) * (128 // BITS)), none + states,
+    )  # fmt: skip
+    if INT8:
+        operands = append(operands, none.to(tl.float32) + EXCESS_OF_BYTE)
+    return tl.inline_asm_elementwise(
+        chunks_assembly(GRANULES, BITS, SLOTS, SLOT, TURN * 4 + TURN // 32 * 16, INT8),
+        "=&f,r,r,r,r,r,r,r" + (",f" if INT8 else ""), operands, dtype=tl.float32, is_pure=False, pack=1,
     )  # fmt: skip
 
 

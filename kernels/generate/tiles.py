@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 
 from kernels.generate.activations import room_bytes
 from kernels.generate.layout import BrainShape
 from kernels.generate.ring import GRANULE_BYTES, ROWS_OF_WARP, ring_bytes
-from kernels.generate.turns import turn_table
+from kernels.generate.turns import TurnTable, turn_table
 
 
 _NUM_WARPS = 8
@@ -145,9 +144,11 @@ class PacketTiles:
     """Constants of the launch for one lane.
 
     Arguments:
-        R: rows of a turn. SHARE: threads of a row. WARPS: warps that share the rows.
-        G: channels of a granule. GRANULES: of a turn. CH: channels of activations that are gathered together.
-        SLOTS: turns in flight. TABLE: bytes of shared memory for the words of a token's turns.
+        R: rows of a portion. SHARE: threads of a row. WARPS: warps that share the rows.
+        G: channels of a granule. GRANULES: of a portion. CH: channels of activations that are gathered together.
+        SLOTS: portions that there is room for. TOGETHER: of a turn. PACE: clocks between two that are asked for, for
+            each granule; 0 where they come from L2. NARROW: whether packets are of 4 bytes.
+        TABLE: bytes of shared memory for a token's table.
         CU: value channels of a head that are one unit of memory. BD, BV, BP: D, ids and programs at once, padded.
         BRACE: ids a program races at once. P: programs.
     """
@@ -159,6 +160,9 @@ class PacketTiles:
     GRANULES: int
     CH: int
     SLOTS: int
+    PACE: int
+    NARROW: bool
+    TOGETHER: int
     TABLE: int
     CU: int
     BD: int
@@ -176,18 +180,21 @@ class PacketTiles:
         """Of shared memory, besides what the compiler takes."""
         return ring_bytes(self.GRANULES, self.SLOTS, self.WARPS) + self.TABLE
 
-    def turns(self, shape: BrainShape, device: torch.device) -> tuple[Tensor, Tensor]:
+    def turns(self, shape: BrainShape) -> TurnTable:
         """What `turn_table` makes for these tiles."""
-        return turn_table(shape, self.P, self.R, self.WARPS, self.G, self.GRANULES, self.CU, device)
+        return turn_table(shape, self.P, self.R, self.WARPS, self.G, self.GRANULES, self.CU, self.TOGETHER)
 
     def constexprs(self) -> dict[str, int]:
         """Keyword arguments of the kernel."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name not in ("TOGETHER", "NARROW")}
 
 
 _MOST_GRANULES = 6  # of a turn: 48 KB of weights a program
 _MOST_VALUES = 48  # of a thread's activations, which stay in its registers for a phase
 _MOST_SLOTS = 16
+_CLOCKS_OF_GRANULE = 384  # 8 KB of a program's: at 1.98 GHz 132 of them ask for at most 5.6 TB/s
+_CACHE_BYTES = 48 * 2**20  # of L2: weights that fit come from there, and nothing queues
+_PORTIONS_OF_TURN = 3  # all channels of a SwiGLU at base's width
 _TABLE_STEP = 2048  # another size of the table is another kernel
 _SHARED_BYTES = 218 * 1024  # for weights in flight and activations; the rest is the compiler's
 MAX_ROOM_BYTES = 48 * 1024
@@ -209,8 +216,9 @@ def choose_packets(shape: BrainShape, dtype: torch.dtype, num_programs: int) -> 
 @functools.lru_cache(maxsize=64)
 def _choose_packets(shape: BrainShape, dtype: torch.dtype, num_programs: int, interpreted_tile: int) -> PacketTiles:
     group = max(shape.column_width, shape.head_width)
+    is_large = shape.bytes_per_token(element_size=dtype.itemsize) > _CACHE_BYTES
     if num_programs == 1:
-        rows, num_warps, share, slots = interpreted_tile, 1, 1, 1
+        rows, num_warps, share, slots, at_once = interpreted_tile, 1, 1, 1, 2
         sizes = [interpreted_tile >> i for i in range(10) if interpreted_tile >> i >= max(group, 16)]
         channels = min(sizes or [group], key=lambda size: (triton.cdiv(shape.width, size) * size, -size))
         granules, unit, gathered, table = min(triton.cdiv(shape.width, channels), 4), shape.head_width, channels, 0
@@ -228,10 +236,12 @@ def _choose_packets(shape: BrainShape, dtype: torch.dtype, num_programs: int, in
         while unit > 4 and shape.width < 96 * unit:
             unit //= 2
         unit = min(unit, shape.head_width)
-        turns, _ = turn_table(shape, num_programs, rows, num_warps, channels, granules, unit, torch.device("cpu"))
-        table = triton.cdiv(turns.shape[1] * 16, _TABLE_STEP) * _TABLE_STEP
-        left = _SHARED_BYTES - packet_room(shape, turn) - table
-        slots = max(2, min(_MOST_SLOTS, left // ring_bytes(granules, 1, num_warps)))
+        at_once = _PORTIONS_OF_TURN
+        table_of = turn_table(shape, num_programs, rows, num_warps, channels, granules, unit, at_once)
+        table = triton.cdiv((table_of.portions.shape[1] + table_of.turns.shape[1]) * 8, _TABLE_STEP) * _TABLE_STEP
+        fixed = ring_bytes(granules, 0, num_warps)
+        left = _SHARED_BYTES - packet_room(shape, turn) - table - fixed
+        slots = max(at_once, min(_MOST_SLOTS, left // (ring_bytes(granules, 1, num_warps) - fixed)))
     return PacketTiles(
         R=rows,
         SHARE=share,
@@ -240,6 +250,9 @@ def _choose_packets(shape: BrainShape, dtype: torch.dtype, num_programs: int, in
         GRANULES=granules,
         CH=gathered,
         SLOTS=slots,
+        PACE=_CLOCKS_OF_GRANULE if is_large else 0,
+        NARROW=dtype.itemsize == 1 or (dtype.itemsize == 2 and not is_large),
+        TOGETHER=at_once,
         TABLE=table,
         CU=unit,
         BD=triton.next_power_of_2(shape.width),

@@ -1,16 +1,20 @@
 """The order in which the launch for one lane reads its weights, warp by warp.
 
-A turn is R rows of one matrix times the channels of some granules: what warps multiply between asking for weights and
-asking for the next. Granules are G channels, which a warp reads from shared memory in one go, 16 bytes a thread. Of a
-turn each of W warps has rows of its own, and what it needs of them lies together in memory: for each block of R rows,
-for each warp, for each granule, R / W rows of G channels, a piece.
+A portion is R rows of one matrix times the channels of some granules: what is asked for at once. Granules are G
+channels, which a warp reads from shared memory in one go, 16 bytes a thread. Of a portion each of W warps has rows of
+its own, and what it needs of them lies together in memory: for each block of R rows, for each warp, for each granule,
+R / W rows of G channels, a piece.
 
-The order is written down once for each program, as two words a turn: where its weights lie, for asking, and what it is,
-for using. A kernel that worked it out instead would spend more on that than on the products.
+A turn is what is multiplied in one go, since what a turn costs besides its products is as much as they are: both
+matrices of a pair, two blocks of rows, or, of channels that are more than a portion's, several portions of one block.
+
+The order is written down once for each program, a word for each portion, for asking, and one for each turn, for using.
+A kernel that worked it out instead would spend more on that than on the products.
 """
 
 import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -89,61 +93,85 @@ def deal(shape: BrainShape, num_programs: int, rows: int, num_units: int) -> lis
     return phases
 
 
+class TurnTable(NamedTuple):
+    """A token's portions and turns, program by program.
+
+    `portions` `[P, F]` int64 says where weights lie, in pieces of R / W rows of G channels: bits 0 to 31 where the
+    first warp's begin, 32 to 47 how many pieces further each next warp's do, 48 and up how many there are.
+
+    `turns` `[P, T]` int64: bit 0 whether activations are to be gathered first, 1 whether sums leave, 2 whether the
+    program is done with the phase, 3 which of a pair of matrices it is if there is one portion or more of one alone, 4
+    to 6 the kind of phase, 7 whether its portions are of different channels, 8 to 13 the first portion's place among
+    the channels, 14 to 23 rows of the block, 24 to 35 the layer, 36 to 59 the first row, 60 to 62 how many portions. A
+    second block of rows is R times P rows further on.
+
+    `counts` `[P, 2]` int32: how many of F and T a program has.
+    """
+
+    portions: Tensor
+    turns: Tensor
+    counts: Tensor
+
+
 @functools.lru_cache(maxsize=16)
 def turn_table(
-    shape: BrainShape,
-    num_programs: int,
-    rows: int,
-    num_warps: int,
-    channels: int,
-    granules: int,
-    unit: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """`[P, T, 2]` int64 on the device and `[P]` int32: the turns that a program takes for a token, and how many it has
-    of the T that there is room for. A program takes no part in a phase of which it has no rows, nor other work.
-
-    The first word says where the weights lie, in pieces of R / W rows of G channels: bits 0 to 31 where the first
-    warp's begin, 32 to 47 how many pieces further each next warp's do, 48 to 55 how many there are; 0 where the
-    program has no rows. Bit 56 says that the rows are neurons, which need more than their weights. The second word
-    says what they are, for using (see the kernel).
+    shape: BrainShape, num_programs: int, rows: int, num_warps: int, channels: int, granules: int, unit: int, most: int
+) -> TurnTable:
+    """A program takes no part in a phase of which it has no rows, nor other work.
 
     Arguments:
-        rows, num_warps: R and W. channels: of a granule. granules: of a turn, at most. unit: value channels of a unit
-            of memory.
+        rows, num_warps: R and W. channels: of a granule. granules: of a portion, at most. unit: value channels of a
+            unit of memory. most: portions of a turn, at most 7.
     """
-    fetch, use, taken = [], [], []
+    portions, turns = [], []
     base = 0
     for phase in deal(shape, num_programs, rows, shape.width // unit):
         num_blocks = -(-phase.num_rows // rows)
         num_pieces = -(-phase.width_in // channels)
         num_chunks = -(-num_pieces // granules)
-        for i in range(max(1, int(phase.rounds.max()))):
-            block = i * num_programs + phase.rank
-            has_rows = i < phase.rounds
-            left = (phase.num_rows - block * rows).clamp(0, rows)
-            for half in range(phase.halves):
-                for chunk in range(num_chunks):
-                    is_first = i == half == chunk == 0
-                    alone = is_first & phase.attends & ~has_rows
-                    begins = (has_rows & (is_first or num_chunks > 1)) | (alone & (phase.kind != DECODE.value))
-                    sends = has_rows & (chunk == num_chunks - 1)
-                    ends = (sends & (half == phase.halves - 1) & (i + 1 == phase.rounds)) | alone
-                    first = base + (half * num_blocks + block) * num_warps * num_pieces + chunk * granules
-                    count = min(granules, num_pieces - chunk * granules)
-                    is_neurons = phase.kind == CORTEX_IN.value and half == chunk == 0
-                    where = first | num_pieces << 32 | count << 48 | is_neurons << 56
-                    fetch.append(torch.where(has_rows, where, 0))
-                    what = half << 3 | phase.kind << 4 | chunk << 8 | phase.layer << 24
-                    use.append(what | begins.long() | sends.long() << 1 | ends.long() << 2 | left << 14 | block * rows << 36)
-                    taken.append(has_rows | alone)
+        num_rounds = int(phase.rounds.max())
+        is_chunked = num_chunks > 1
+
+        for i, half, chunk in itertools.product(range(num_rounds), range(phase.halves), range(num_chunks)):
+            block = half * num_blocks + i * num_programs + phase.rank
+            first = base + block * num_warps * num_pieces + chunk * granules
+            count = min(granules, num_pieces - chunk * granules)
+            portions.append((first | num_pieces << 32 | count << 48, i < phase.rounds))
         base += phase.halves * num_blocks * num_warps * num_pieces
-    is_taken = torch.stack(taken, 1)
-    num_turns = is_taken.sum(1)
-    order = (~is_taken).long().argsort(dim=1, stable=True)[:, : int(num_turns.max())]
-    words = torch.stack([torch.stack(fetch, 1).gather(1, order), torch.stack(use, 1).gather(1, order)], 2)
-    words[torch.arange(words.shape[1]) >= num_turns[:, None]] = 0
-    return words.to(device), num_turns.to(torch.int32).to(device)
+
+        # A turn: its first round, half and chunk, and how many rounds, halves and chunks it has.
+        if is_chunked:
+            sizes = (1, 1, min(most, num_chunks))
+        elif phase.halves == 2:
+            sizes = (1, min(most, 2), 1)
+        elif phase.kind in (MEMORY_IN.value, DECODE.value):
+            sizes = (min(most, 2), 1, 1)
+        else:
+            sizes = (1, 1, 1)
+        starts = [range(0, n, size) for n, size in zip((max(num_rounds, 1), phase.halves, num_chunks), sizes)]
+        for i, half, chunk in itertools.product(*starts):
+            num = (phase.rounds - i).clamp(0, sizes[0]) * sizes[1] * min(sizes[2], num_chunks - chunk)
+            is_first = i == half == chunk == 0
+            alone = (num == 0) & phase.attends & is_first
+            sends = (num > 0) & (half + sizes[1] == phase.halves) & (chunk + sizes[2] >= num_chunks)
+            ends = alone | (sends & (phase.rounds <= i + sizes[0]))
+            begins = is_first & ((num > 0) | (alone & (phase.kind != DECODE.value)))
+            row = (i * num_programs + phase.rank) * rows
+            what = half << 3 | phase.kind << 4 | is_chunked << 7 | chunk << 8 | phase.layer << 24
+            word = what | begins.long() | sends.long() << 1 | ends.long() << 2
+            word |= (phase.num_rows - row).clamp(0, rows) << 14 | row << 36 | num << 60
+            turns.append((word, (num > 0) | alone))
+    first_portion, first_turn = _packed(portions), _packed(turns)
+    counts = torch.stack([first_portion[1], first_turn[1]], 1)
+    return TurnTable(first_portion[0], first_turn[0], counts.to(torch.int32))
+
+
+def _packed(words: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Of words `[P]`, and who has them, each program's without gaps, `[P, most]`, zeros behind them, and how many."""
+    word, has = (torch.stack(parts, 1) for parts in zip(*words))
+    num = has.sum(1)
+    order = (~has).long().argsort(dim=1, stable=True)[:, : int(num.max())]
+    return word.gather(1, order) * has.gather(1, order), num
 
 
 def in_pieces(shape: BrainShape, matrices: Tensor, decoder: Tensor, rows: int, num_warps: int, channels: int) -> Tensor:
@@ -160,19 +188,23 @@ def in_pieces(shape: BrainShape, matrices: Tensor, decoder: Tensor, rows: int, n
     return torch.cat(pieces)
 
 
-def turn_scales(shape: BrainShape, table: Tensor, scales: Tensor, rows: int) -> Tensor:
-    """The scales of a turn's rows, `[P, T, rows]`, of one for each row of the matrices and then of the decoder; 0 past
-    the last row. The table is that of `turn_table`."""
-    use = table[..., 1]
-    layer, kind, half, left = (use >> 24) & 4095, (use >> 4) & 7, (use >> 3) & 1, (use >> 14) & 1023
-    first_row = torch.zeros(shape.num_cortex + shape.num_memory + 1, 6, dtype=torch.int64)
-    rows_of_half = torch.zeros_like(first_row)
+def turn_scales(shape: BrainShape, table: TurnTable, scales: Tensor, rows: int) -> Tensor:
+    """The scales of what leaves at a turn, `[P, T, 2, rows]`, of one for each row of the matrices and then of the
+    decoder; 0 past the last row. The second are those of the pair's other matrix, or of the second block of rows."""
+    use = table.turns
+    layer, kind, first = (use >> 24) & 4095, (use >> 4) & 7, (use >> 36) & 0xFFFFFF
+    start = torch.zeros(shape.num_cortex + shape.num_memory + 1, 6, dtype=torch.int64)
+    rows_of_half, num_halves = torch.zeros_like(start), torch.zeros_like(start)
     total = 0
     for of_kind, of_layer, _, num_rows, _, halves in matrices_in_order(shape):
-        first_row[of_layer, of_kind], rows_of_half[of_layer, of_kind] = total, num_rows
+        at = (of_layer, of_kind)
+        start[at], rows_of_half[at], num_halves[at] = total, num_rows, halves
         total += num_rows * halves
-    first_row, rows_of_half = first_row.to(table.device), rows_of_half.to(table.device)
-    start = first_row[layer, kind] + half * rows_of_half[layer, kind] + (use >> 36)
-    row = torch.arange(rows, device=table.device)
-    index = (start[..., None] + row).clamp(max=len(scales) - 1)
-    return torch.where(row < left[..., None], scales[index], 0.0)
+    has_rows, is_pair = rows_of_half[layer, kind], num_halves[layer, kind] == 2
+    second = torch.where(is_pair, 0, len(use) * rows)  # how many rows further
+    row = torch.stack([first, first + second], 2)[..., None] + torch.arange(rows)
+    index = start[layer, kind][..., None, None] + row
+    index[:, :, 1] += torch.where(is_pair, has_rows, 0)[..., None]
+    index = index.clamp(max=len(scales) - 1)
+    is_there = (row < has_rows[..., None, None]) & ((use >> 1) & 1 == 1)[..., None, None]
+    return torch.where(is_there.to(scales.device), scales[index.to(scales.device)], 0.0)

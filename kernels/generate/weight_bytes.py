@@ -18,7 +18,7 @@ from kernels.generate.packets import append
 
 _UNIT = 2.0**64
 BYTE_SUM = 2.0**133 / _UNIT  # times a sum of products: what it is of weights and activations
-_EXCESS = tl.constexpr(-(2.0**-126))  # 128 as a byte is
+EXCESS_OF_BYTE = tl.constexpr(-(2.0**-126))  # 128 as a byte is
 
 
 def as_bytes(weights: Tensor) -> Tensor:
@@ -51,5 +51,5 @@ def excess_of(x, GROUP: tl.constexpr, GROUPS: tl.constexpr):
         for j in tl.static_range(0, len(x), GROUP * GROUPS):
             for k in tl.static_range(GROUP):
                 total += x[j + i * GROUP + k]
-        out = append(out, total * _EXCESS)
+        out = append(out, total * EXCESS_OF_BYTE)
     return out

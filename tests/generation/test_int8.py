@@ -10,6 +10,7 @@ import torch
 from kernels.generate.fused import _turn_scales
 from kernels.generate.layout import BrainShape
 from kernels.generate.limits import check_quantized
+from kernels.generate.matrix_order import CORTEX_IN, MLP_IN
 from kernels.generate.quantized import dequantized, quantize_rows
 from kernels.generate.tiles import choose_packets
 from kernels.generate.turns import in_pieces
@@ -25,6 +26,7 @@ from neurogen.generation.loop import PolledReader, token_loop
 from neurogen.generation.packing import pack_brain, packed_brain
 from neurogen.training.rounding import round_weights
 
+PAIRED = (CORTEX_IN.value, MLP_IN.value)
 # 48 channels are a tile of 32 and half a one.
 BRAINS: dict[str, dict] = {
     "plain": {},
@@ -96,22 +98,34 @@ def test_bytes_and_scales_of_every_turn_give_the_rounded_rows_back(num_programs:
     tiles = choose_packets(brain.shape, torch.int8, num_programs)
     plain = dequantized(brain)
     cut = (tiles.R, tiles.WARPS, tiles.G)
-    table, _ = tiles.turns(brain.shape, torch.device("cpu"))
+    table = tiles.turns(brain.shape)
     scales = _turn_scales(brain, table, tiles.R)
     stored = in_pieces(brain.shape, brain.matrices, brain.decoder, *cut)
     floats = (as_bytes(stored.clone()).int() << 16).view(torch.float32).double() - 128 * 2.0**-133
     expected = in_pieces(plain.shape, plain.matrices, plain.decoder, *cut)
     of_warp = tiles.R // tiles.WARPS
-    for program, turn in torch.cartesian_prod(torch.arange(num_programs), torch.arange(table.shape[1])).tolist():
-        fetch, use = table[program, turn].tolist()
-        left, first, stride, count = (use >> 14) & 1023, fetch & 0xFFFFFFFF, (fetch >> 32) & 0xFFFF, (fetch >> 48) & 255
-        assert not scales[program, turn, left:].any()
-        for row in range(left if count else 0):
-            piece = first + row // of_warp * stride
-            ours = floats[piece : piece + count, row % of_warp] * scales[program, turn, row] / BYTE_SUM * 2.0**133
-            torch.testing.assert_close(
-                ours.float(), expected[piece : piece + count, row % of_warp], rtol=1e-6, atol=1e-9
+    for program, (num_portions, num_turns) in enumerate(table.counts.tolist()):
+        portions = iter(table.portions[program, :num_portions].tolist())
+        waiting = []
+        for turn, use in enumerate(table.turns[program, :num_turns].tolist()):
+            waiting += [next(portions) for _ in range(use >> 60 & 7)]
+            if not use & 2:
+                continue
+            # Portions that leave together: of one block or matrix the first scales, of the other the second.
+            half = (
+                len(waiting) // 2 if use >> 4 & 7 in PAIRED or (len(waiting) == 2 and not use & 128) else len(waiting)
             )
+            for i, fetch in enumerate(waiting):
+                first, stride, count = fetch & 0xFFFFFFFF, fetch >> 32 & 0xFFFF, fetch >> 48
+                for row in range(tiles.R):
+                    piece = first + row // of_warp * stride
+                    scale = scales[program, turn, i // half, row].double() / BYTE_SUM * 2.0**133
+                    ours = floats[piece : piece + count, row % of_warp] * scale
+                    torch.testing.assert_close(
+                        ours.float(), expected[piece : piece + count, row % of_warp], rtol=1e-6, atol=1e-9
+                    )
+            waiting = []
+        assert next(portions, None) is None
 
 
 def test_rows_are_rounded_as_an_evaluation_rounds_them() -> None:

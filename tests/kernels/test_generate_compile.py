@@ -46,6 +46,9 @@ def check_turn(tiles: PacketTiles, dtype: torch.dtype, code: str) -> None:
     waits for another."""
     weights = tiles.GRANULES * 16 // dtype.itemsize * tiles.R // tiles.WARPS
     blocks = [re.findall(r"\*/\s+(?:@!?U?P\w+ )?(\w[\w.]*) ", block) for block in re.split(r"\.L_x_\d+:|\bBRA ", code)]
+    multiplying = [Counter(block) for block in blocks if block.count("FFMA") >= weights]
+    assert len(multiplying) >= 4, "a portion, two, and one of several of different channels"
+    assert not any(turn["LDL"] or turn["STL"] for turn in multiplying)
     turn = Counter(max(blocks, key=lambda block: block.count("LDS.128") + block.count("FFMA")))
     opening = sum(turn[op] for op in ("PRMT", "LOP3.LUT", "SHF.L.U32", "IMAD.U32", "IMAD.SHL.U32"))
     assert weights <= turn["FFMA"] + turn["FMUL"] <= weights + 16, (
@@ -90,10 +93,10 @@ def compile_launch(name: str, size: str, lanes: int, dtype_name: str, capability
     types |= dict.fromkeys(("p_embedding", "p_decoder", "p_matrices"), "*" + weight)
     types |= dict.fromkeys(("p_x_columns", "p_columns", "p_hidden"), "*" + weight)
     types |= {
-        "p_packets": "*i32" if dtype.itemsize == 1 else "*i64",
+        "p_packets": "*i32" if isinstance(tiles, PacketTiles) and tiles.NARROW else "*i64",
         "p_lengths": "*i32",
         "p_counter": "*i32",
-        "p_num_turns": "*i32",
+        "p_counts": "*i32",
         "p_candidate_id": "*i32",
         "p_seen": "*i8",
         "p_pieces": "*" + tile,
@@ -134,6 +137,6 @@ def test_int8_weights_compile_without_a_word_put_aside(size: str) -> None:
     ],
 )
 def test_other_sizes_compile(name: str, size: str, lanes: int, dtype: str, capability: int) -> None:
-    # Numbers that live through a whole token may be put aside, some 70 words; a spilled tile would be among the turns,
-    # which `check_products` looks at.
-    check_launch(name, size, lanes, dtype, capability, stack=0 if name == "packet" else 320)
+    # Numbers that live through a whole token may be put aside, some 70 words, with one lane 20; a spilled tile would be
+    # among the turns, which `check_products` and `check_turn` look at.
+    check_launch(name, size, lanes, dtype, capability, stack=96 if name == "packet" else 320)

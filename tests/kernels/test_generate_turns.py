@@ -9,37 +9,52 @@ from kernels.generate.turns import in_pieces, turn_table
 
 
 @pytest.mark.parametrize(
-    ("num_programs", "rows", "num_warps", "channels", "granules"),
-    [(5, 16, 8, 32, 1), (132, 16, 8, 16, 2), (1, 512, 1, 64, 2), (3, 16, 4, 16, 6)],
+    ("num_programs", "rows", "num_warps", "channels", "granules", "most"),
+    [(5, 16, 8, 32, 1, 1), (132, 16, 8, 16, 2, 3), (1, 512, 1, 64, 2, 2), (3, 16, 4, 16, 6, 3), (7, 16, 8, 16, 3, 2)],
 )
 def test_every_weight_is_read_once_by_the_warp_that_has_its_row(
-    num_programs: int, rows: int, num_warps: int, channels: int, granules: int
+    num_programs: int, rows: int, num_warps: int, channels: int, granules: int, most: int
 ) -> None:
     shape = BrainShape(48, 16, 16, 112, 263, 1, 2, 1)
     matrices, decoder = torch.randn(shape.matrices_size), torch.randn(shape.vocab_size, shape.width)
     pieces = in_pieces(shape, matrices, decoder, rows, num_warps, channels)
-    table, num_turns = turn_table(shape, num_programs, rows, num_warps, channels, granules, 4, torch.device("cpu"))
-    assert table.shape[1] == int(num_turns.max())
+    table = turn_table(shape, num_programs, rows, num_warps, channels, granules, 4, most)
     halves = {(layer, kind): value for kind, layer, *value in matrices_in_order(shape)}
     read = {key: torch.zeros(n[3], n[1], n[2]) for key, n in halves.items()}
-    for fetch, use in table.flatten(0, 1).tolist():
-        start, layer, chunk, kind, half = use >> 36, (use >> 24) & 4095, (use >> 8) & 63, (use >> 4) & 7, (use >> 3) & 1
-        left, first, stride, count = (use >> 14) & 1023, fetch & 0xFFFFFFFF, (fetch >> 32) & 0xFFFF, (fetch >> 48) & 255
-        if count == 0:
-            continue  # nothing to multiply, or past the program's last turn
-        assert left > 0
-        offset, num_rows, width_in, _ = halves[layer, kind]
-        flat = decoder.flatten() if kind == DECODE.value else matrices
-        matrix = flat[offset + half * num_rows * width_in :][: num_rows * width_in].view(num_rows, width_in)
-        begin = chunk * granules * channels
-        of_warp = rows // num_warps
-        for row in range(left):
-            at = first + row // of_warp * stride
-            ours = pieces[at : at + count, row % of_warp].flatten()
-            expected = matrix[start + row, begin : begin + count * channels]
-            assert torch.equal(ours[: len(expected)], expected)
-            assert not ours[len(expected) :].any()
-            read[layer, kind][half, start + row, begin : begin + count * channels] += 1
+    of_warp = rows // num_warps
+    for program, (num_portions, num_turns) in enumerate(table.counts.tolist()):
+        portions = iter(table.portions[program, :num_portions].tolist())
+        for use in table.turns[program, :num_turns].tolist():
+            start, layer, chunk, kind, half = (
+                use >> 36 & 0xFFFFFF,
+                use >> 24 & 4095,
+                use >> 8 & 63,
+                use >> 4 & 7,
+                use >> 3 & 1,
+            )
+            offset, num_rows, width_in, num_halves = halves[layer, kind]
+            flat = decoder.flatten() if kind == DECODE.value else matrices
+            both = flat[offset : offset + num_halves * num_rows * width_in].view(num_halves, num_rows, width_in)
+            assert use >> 60 & 7 <= most
+            for i in range(use >> 60 & 7):
+                first, stride, count = (fetch := next(portions)) & 0xFFFFFFFF, fetch >> 32 & 0xFFFF, fetch >> 48
+                at, of, begin = half, start, chunk * granules * channels
+                if use & 128:
+                    begin += i * granules * channels
+                elif num_halves == 2:
+                    at += i
+                else:
+                    of += i * rows * num_programs
+                left = min(rows, num_rows - of)
+                assert i > 0 or use >> 14 & 1023 == left
+                for row in range(left):
+                    piece = first + row // of_warp * stride
+                    ours = pieces[piece : piece + count, row % of_warp].flatten()
+                    expected = both[at, of + row, begin : begin + count * channels]
+                    assert torch.equal(ours[: len(expected)], expected)
+                    assert not ours[len(expected) :].any()
+                    read[layer, kind][at, of + row, begin : begin + count * channels] += 1
+        assert next(portions, None) is None
     assert all(bool((count == 1).all()) for count in read.values())
 
 
@@ -49,27 +64,27 @@ SMALL = BrainShape(512, 64, 64, 1344, 257, 1, 4, 1)
 
 @pytest.mark.parametrize(("shape", "granules", "unit", "most"), [(BASE, 6, 16, 1.02), (SMALL, 2, 4, 1.1)])
 def test_programs_read_equally_much(shape: BrainShape, granules: int, unit: int, most: float) -> None:
-    table, _ = turn_table(shape, 132, 16, 8, 256, granules, unit, torch.device("cpu"))
-    pieces = ((table[..., 0] >> 48) & 255).sum(1).double()
+    pieces = (turn_table(shape, 132, 16, 8, 256, granules, unit, 3).portions >> 48).sum(1).double()
     assert float(pieces.max() / pieces.mean()) < most
 
 
 @pytest.mark.parametrize("shape", [BASE, SMALL, BrainShape(48, 16, 16, 24, 263, 2, 1, 2)])
 @pytest.mark.parametrize("num_programs", [1, 3, 132])
-def test_who_takes_part_in_a_phase_has_what_it_needs(shape: BrainShape, num_programs: int) -> None:
+@pytest.mark.parametrize("most", [1, 3])
+def test_who_takes_part_in_a_phase_has_what_it_needs(shape: BrainShape, num_programs: int, most: int) -> None:
     unit = 4
-    table, num_turns = turn_table(shape, num_programs, 16, 8, 256, 6, unit, torch.device("cpu"))
+    table = turn_table(shape, num_programs, 16, 8, 256, 6, unit, most)
     order = [(layer, kind) for kind, layer, *_ in matrices_in_order(shape)]
     for program in range(num_programs):
-        turns = [use for _, use in table[program, : int(num_turns[program])].tolist()]
+        turns = table.turns[program, : int(table.counts[program, 1])].tolist()
         phases = [(use >> 24 & 4095, use >> 4 & 7) for use in turns]
         assert [order.index(phase) for phase in phases] == sorted(order.index(phase) for phase in phases)
         received, rows = set(), {}
         for i, (use, phase) in enumerate(zip(turns, phases)):
             assert bool(use & 4) == (i + 1 == len(turns) or phases[i + 1] != phase)  # the last one ends it
             received |= {phase} if use & 1 else set()
-            if use >> 14 & 1023:
-                rows.setdefault(phase, set()).add(use >> 36)
+            if use >> 60 & 7:
+                rows.setdefault(phase, set()).add(use >> 36 & 0xFFFFFF)
                 assert phase in received
         assert phases[-1] == order[-1]
         for layer, kind in rows:
@@ -86,9 +101,12 @@ def test_who_takes_part_in_a_phase_has_what_it_needs(shape: BrainShape, num_prog
                 assert (layer, kind) in received or program < num_programs - shape.num_columns
 
 
-def test_turns_that_read_lateral_weights_say_so() -> None:
-    table, _ = turn_table(BASE, 132, 16, 8, 256, 6, 16, torch.device("cpu"))
-    fetch, use = table.flatten(0, 1).unbind(1)
-    first = (use >> 4 & 7 == CORTEX_IN.value) & (use >> 3 & 1 == 0) & (fetch != 0)
-    assert torch.equal(fetch >> 56 != 0, first)
-    assert int(first.sum()) == 2 * 1536 // 16
+def test_a_turn_has_what_a_program_can_multiply_at_once() -> None:
+    table = turn_table(BASE, 132, 16, 8, 256, 6, 16, 3)
+    num = {kind: set() for kind in range(6)}
+    for use in table.turns.flatten().tolist():
+        num[use >> 4 & 7].add(use >> 60 & 7)
+    assert num[CORTEX_IN.value] == num[MLP_IN.value] | {0} == {0, 2}  # both matrices of a pair; some have a gate alone
+    assert num[MEMORY_IN.value] == num[DECODE.value] == {1, 2}  # blocks of rows
+    assert num[OUT.value] == {1}
+    assert num[MLP_OUT.value] == {3}  # all channels
