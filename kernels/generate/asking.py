@@ -16,8 +16,10 @@ import kernels.launch  # noqa: F401, I001  first: it chooses the interpreter
 import triton
 import triton.language as tl
 
+GRANULE_BYTES = 512  # of a row: what a warp reads in one go, 16 bytes a thread
+ROWS_OF_WARP = 2
+PIECE_BYTES = ROWS_OF_WARP * GRANULE_BYTES
 STATE_BYTES = 64  # of a warp
-PIECE_BYTES = 1024  # two rows of a granule
 
 
 @triton.constexpr_function

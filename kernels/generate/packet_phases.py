@@ -33,7 +33,7 @@ def normed_dot_packets(p_packets, p_w, D: tl.constexpr, EPS: tl.constexpr, BLOCK
 
 @triton.jit
 def send_gates(p_x, p_go, p_vector, epoch, D: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, BD: tl.constexpr):
-    """The basal ganglia's gates `[K]`; the last programs begin, as they have the fewest rows of the phase."""
+    """The basal ganglia's gates `[K]`; they are dealt out from the last program on, memory units from the first."""
     column = tl.num_programs(0) - 1 - tl.program_id(0)
     while column < K:
         logit = normed_dot_packets(p_x, p_vector + column * D, D, EPS, BD)

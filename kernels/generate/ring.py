@@ -16,12 +16,9 @@ import triton
 import triton.language as tl
 
 from kernels.generate.activations import room_place
-from kernels.generate.asking import PIECE_BYTES, STATE_BYTES, state_lines, wait_lines
+from kernels.generate.asking import GRANULE_BYTES, PIECE_BYTES, ROWS_OF_WARP, STATE_BYTES, state_lines, wait_lines
 from kernels.generate.packets import append
 from kernels.generate.weight_bytes import EXCESS_OF_BYTE
-
-GRANULE_BYTES = 512  # of a row: what a warp reads in one go, 16 bytes a thread
-ROWS_OF_WARP = 2
 
 
 @triton.constexpr_function
@@ -39,7 +36,7 @@ def all_states_bytes(num_warps):
 def start_assembly(granules, slots, num_warps, pace):
     bytes_of_warp = slots * granules * PIECE_BYTES
     states = num_warps * slots * (granules * PIECE_BYTES + 8)
-    return f"""{{ .reg .pred p, q; .reg .b32 end, at, warp, lane, barriers, zero, num, both; .reg .b64 word, from;
+    return f"""{{ .reg .pred p, q; .reg .b32 end, at, warp, lane, barriers, none, value, block; .reg .b64 word, from;
         mov.u32 at, global_smem;
         add.u32 at, at, $3;
         and.b32 lane, $2, 31;
@@ -69,22 +66,20 @@ def start_assembly(granules, slots, num_warps, pace):
         add.u32 at, at, {states};
         mad.lo.u32 end, warp, {STATE_BYTES}, at;
         add.u32 at, at, {num_warps * STATE_BYTES};
-        mov.u32 zero, $2;
-        setp.eq.u32 p, zero, 0;
-        @p mbarrier.init.shared.b64 [at], {num_warps};
-        mov.u32 both, at;
+        mov.u32 block, at;
+        setp.eq.u32 p, $2, 0;
+        @p mbarrier.init.shared.b64 [block], {num_warps};
         add.u32 at, at, 16;
-        mov.u32 zero, 0;
-        mov.u32 num, {slots};
-        @q st.shared.v4.b32 [end], {{zero, $8, zero, num}};
-        mov.u32 num, {granules * PIECE_BYTES};
-        @q st.shared.v4.b32 [end + 32], {{$0, $1, at, num}};
-        mov.u32 num, {pace};
-        mov.u32 zero, %clock;
-        @q st.shared.v4.b32 [end + 16], {{zero, num, zero, both}};
-        mov.u32 num, {slots};
+        mov.u32 none, 0;
+        mov.u32 value, {slots};
+        @q st.shared.v4.b32 [end], {{none, $8, none, value}};
+        @q st.shared.v2.b32 [end + 56], {{$7, value}};
+        mov.u32 value, {granules * PIECE_BYTES};
+        @q st.shared.v4.b32 [end + 32], {{$0, $1, at, value}};
         @q st.shared.b64 [end + 48], $6;
-        @q st.shared.v2.b32 [end + 56], {{$7, num}};
+        mov.u32 none, %clock;
+        mov.u32 value, {pace};
+        @q st.shared.v4.b32 [end + 16], {{none, value, none, block}};
         mov.u32 warp, $2;
         COPY:
         setp.ge.u32 p, warp, $5;
@@ -174,7 +169,7 @@ def weight_lines(granule, portion, address):
     lines = []
     for row in range(2):
         words = ", ".join(f"v{portion}_{8 * granule + 4 * row + k}" for k in range(4))
-        lines.append(f"ld.shared.v4.b32 {{{words}}}, [{address} + {(2 * granule + row) * 512}];")
+        lines.append(f"ld.shared.v4.b32 {{{words}}}, [{address} + {(ROWS_OF_WARP * granule + row) * GRANULE_BYTES}];")
     return lines
 
 

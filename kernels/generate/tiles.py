@@ -10,7 +10,8 @@ import triton
 
 from kernels.generate.activations import room_bytes
 from kernels.generate.layout import BrainShape
-from kernels.generate.ring import GRANULE_BYTES, ROWS_OF_WARP, ring_bytes
+from kernels.generate.asking import GRANULE_BYTES, ROWS_OF_WARP
+from kernels.generate.ring import ring_bytes
 from kernels.generate.turns import TurnTable, turn_table
 
 
