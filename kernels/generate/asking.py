@@ -1,10 +1,10 @@
 """Asking for weights while waiting for something else.
 
 Whatever a program asks for queues at the memory, and a packet that a phase waits for queues behind it: with all that a
-ring has room for on its way, a round of packets takes 4 us in place of 1.3. So a warp asks for its portions no faster
-than the memory brings them, one after the other, wherever it happens to be: polling packets, waiting for weights or for
-the other warps, or between two turns. What it needs for that is in shared memory, 64 bytes a warp, since the waiting is
-done by assembly in many places:
+ring has room for on its way, a round of packets takes 4 us in place of 1.3. So a warp asks for one portion at a time,
+at intervals, wherever it happens to be: polling packets, waiting for weights or for the other warps, or between two
+turns. What it needs for that is in shared memory, 64 bytes a warp, since the waiting is done by assembly in many
+places:
 
     0: next portion of a token's, portions left, slot of the next portion, slots that are free
     16: clock from which on the next may be asked for, clocks for each granule, not used, address of the block's barrier

@@ -1,6 +1,5 @@
 """Generate N tokens in one cooperative Triton launch."""
 
-import functools
 import math
 from typing import Any
 
@@ -75,7 +74,6 @@ def generate_fused(
     lengths = torch.zeros(num_lanes, dtype=torch.int32, device=device)
     seen_bytes = seen.to(torch.int8) if penalty and seen is not None else lengths
     filtered = any(filters.values()) and not greedy
-    table = None
     if isinstance(tiles, PacketTiles):
         table = tiles.turns(shape)
         most = (2**31 - 1) // max(table.portions.shape[1], table.turns.shape[1])  # they are counted in 32 bits
@@ -83,9 +81,12 @@ def generate_fused(
             raise ValueError(f"generate: max_new_tokens is {max_new_tokens}; one launch draws at most {most}")
         weights = [brain.embedding, _in_pieces(brain, tiles), brain.vectors, _turn_scales(brain, table, tiles.R)]
         scratch = _packet_scratch(shape, num_programs, filtered, device, torch.int32 if tiles.NARROW else torch.int64)
+        order: list[Tensor | int] = [*_on_device(table, device)]
+        sizes = [table.portions.shape[1], table.turns.shape[1], 0]
     else:
         weights = [brain.embedding, brain.decoder, brain.matrices, brain.vectors]
         scratch = _scratch(shape, tiles, num_lanes, num_programs, filtered, brain.matrices)
+        order, sizes = [num_lanes], []
     low, high = (_signed(seed & 0xFFFFFFFF), _signed((seed >> 32) & 0xFFFFFFFF))
 
     kernel = packet_kernel if is_packets else generate_kernel
@@ -102,7 +103,7 @@ def generate_fused(
         fast_weight,
         *scratch,
         torch.zeros(1, dtype=torch.int32, device=device),
-        *(_moved(tiles, shape, device) if isinstance(tiles, PacketTiles) else [num_lanes]),
+        *order,
         shape.num_wernicke,
         shape.num_memory,
         shape.num_broca,
@@ -116,7 +117,7 @@ def generate_fused(
         sampling.top_p,
         math.log(sampling.min_p) if sampling.min_p > 0 else 0.0,
         sampling.top_k,
-        *([table.portions.shape[1], table.turns.shape[1], 0] if table else []),
+        *sizes,
     ]
     constants: dict[str, Any] = dict(
         D=shape.width,
@@ -154,21 +155,23 @@ def generate_fused(
     return GenerateOutput(ids[:, shape.num_taps :].gather(1, column), log_probs, reads, new_state)
 
 
-@functools.lru_cache(maxsize=16)
-def _moved(tiles: PacketTiles, shape: BrainShape, device: torch.device) -> tuple[Tensor, Tensor]:
+# What is made once for as long as a tensor lives: of packed weights the pieces, and the scales in the order of turns;
+# of a table its copies on devices.
+_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _on_device(table: TurnTable, device: torch.device) -> tuple[Tensor, Tensor]:
     """The table's words, portions before turns, and its counts."""
-    table = tiles.turns(shape)
-    return torch.cat([table.portions, table.turns], 1).to(device), table.counts.to(device)
-
-
-# A brain's pieces, and its scales in the order of turns, for as long as its packed weights live.
-_pieces: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+    of_table = _kept.setdefault(table.turns, {})
+    if device not in of_table:
+        of_table[device] = (torch.cat([table.portions, table.turns], 1).to(device), table.counts.to(device))
+    return of_table[device]
 
 
 def _in_pieces(brain: PackedBrain, tiles: PacketTiles) -> Tensor:
     """The brain's weights in pieces of rows, which are made once; int8 weights as the bytes that the launch
     multiplies."""
-    of_brain = _pieces.setdefault(brain.matrices, {})
+    of_brain = _kept.setdefault(brain.matrices, {})
     key = ("pieces", tiles.R, tiles.WARPS, tiles.G)
     if key not in of_brain:
         pieces = in_pieces(brain.shape, brain.matrices, brain.decoder, tiles.R, tiles.WARPS, tiles.G)
@@ -180,7 +183,7 @@ def _turn_scales(brain: PackedBrain, table: TurnTable, rows: int) -> Tensor:
     """What each turn's sums are multiplied by, made once too; something of float32 where they are left as they are."""
     if brain.scales is None:
         return brain.vectors
-    of_brain = _pieces.setdefault(brain.matrices, {})
+    of_brain = _kept.setdefault(brain.matrices, {})
     key = ("scales", *table.turns.shape, rows)
     if key not in of_brain:
         of_brain[key] = turn_scales(brain.shape, table, brain.scales * BYTE_SUM, rows)

@@ -144,6 +144,7 @@ def packet_kernel(
     what = word_at(p_table, words, most_portions, SINGLE)
     last = limit * num_turns
     while turn < last:
+        nth_turn = place
         place = tl.where(place + 1 == num_turns, 0, place + 1)
         following = word_at(p_table, words, most_portions + place, SINGLE)
         flags = what.to(tl.int32)
@@ -160,7 +161,7 @@ def packet_kernel(
             # Asked for here, so that it is there when the sums are.
             scale, more_scale = none, none
             if flags & 2:
-                p_scale = p_scales + tl.where(place == 0, num_turns - 1, place - 1) * (2 * R) + o_r
+                p_scale = p_scales + nth_turn * (2 * R) + o_r
                 scale, more_scale = tl.load(p_scale), tl.load(p_scale + R)
         cortex_before = tl.minimum(layer, num_wernicke) + tl.maximum(layer - num_wernicke - num_memory, 0)
         memory_before = tl.minimum(tl.maximum(layer - num_wernicke, 0), num_memory)

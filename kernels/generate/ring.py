@@ -22,20 +22,21 @@ from kernels.generate.weight_bytes import EXCESS_OF_BYTE
 
 
 @triton.constexpr_function
-def ring_bytes(granules, slots, num_warps):
-    """Bytes of the ring of a block: its slots, a barrier for each, what each warp asks by, and a barrier of all."""
-    return num_warps * (slots * (granules * PIECE_BYTES + 8) + STATE_BYTES) + 16
+def all_states_bytes(num_warps):
+    """Bytes of what each warp asks by, and of a barrier of all."""
+    return num_warps * STATE_BYTES + 16
 
 
 @triton.constexpr_function
-def all_states_bytes(num_warps):
-    return num_warps * STATE_BYTES + 16
+def ring_bytes(granules, slots, num_warps):
+    """Bytes of the ring of a block: its slots, a barrier for each, and `all_states_bytes`."""
+    return num_warps * slots * (granules * PIECE_BYTES + 8) + all_states_bytes(num_warps)
 
 
 @triton.constexpr_function
 def start_assembly(granules, slots, num_warps, pace):
     bytes_of_warp = slots * granules * PIECE_BYTES
-    states = num_warps * slots * (granules * PIECE_BYTES + 8)
+    states = ring_bytes(granules, slots, num_warps) - all_states_bytes(num_warps)
     return f"""{{ .reg .pred p, q; .reg .b32 end, at, warp, lane, barriers, none, value, block; .reg .b64 word, from;
         mov.u32 at, global_smem;
         add.u32 at, at, $3;
